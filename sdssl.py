@@ -1,0 +1,1047 @@
+# SPDX-License-Identifier: MIT
+"""SDSSL in one file: Self-Distilled Self-supervised Representation Learning (Jang et al., WACV 2023).
+
+While a ViT learns by SimCLR, BYOL or MoCo v3, every intermediate layer also learns from the final layer's target, through
+a projector and a predictor of its own. All layers get better, the last one included. The whole idea is
+
+    loss = L_ssl(q_L, z_L)                               the framework itself, Eqs. 1 and 2
+         + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))        intermediate self-distillation, Eq. 3
+         + beta * sum_l L_ssl(pred_l(sg(h_l)), sg(z_L))  keeps the predictors optimal, Eq. 5; together Eq. 6
+
+    python sdssl.py                                                  # SD-MoCo v3 on drawn glyphs: a laptop, minutes
+    python sdssl.py --framework byol --no-distill                    # any framework, with or without self-distillation
+    python sdssl.py --data cifar10                                   # one GPU
+    torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet    # one server; many nodes: README.md
+
+Read from top to bottom, the way an image travels: ViT -> heads -> losses -> objective (the paper is section 4) -> views and
+data -> k-NN -> schedules -> checkpoint -> training -> command line. Sections 1 to 4 use nothing below them: copy them freely.
+
+B images in a batch, N tokens, D embedding width, L blocks, E head output; view 1 and view 2 of an image are x1 and x2.
+"""
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+import resource
+import sys
+import time
+from argparse import ArgumentParser, BooleanOptionalAction, SUPPRESS
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_convert
+from torchvision.transforms import functional as TF
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The backbone: a ViT that returns [CLS] after every block. Parameter names are timm's, so weights travel both ways.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_2d(dim, height, width):
+    """Fixed 2-D sine-cosine positions, as in MoCo v3: a quarter of the channels each for sin(row), cos(row), sin(col), cos(col).
+
+    Returns (height * width, dim), row-major. Raises ValueError unless dim is a multiple of 4.
+    """
+    if dim % 4:
+        raise ValueError(f"2-D sine-cosine positions need an embedding width divisible by 4, not {dim}")
+    omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
+    row, col = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row, col = row.reshape(-1, 1) * omega, col.reshape(-1, 1) * omega  # (height * width, dim / 4)
+    return torch.cat([row.sin(), row.cos(), col.sin(), col.cos()], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT as in MoCo v3: sine-cosine positions and a random patch projection, both frozen (paper, section 4.1).
+
+    forward: (B, 3, img_size, img_size) -> (L, B, D), the [CLS] token after every block through the shared final LayerNorm.
+    Raises ValueError if the patches do not tile the image or the heads do not divide the width.
+    """
+
+    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=12):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"image size {img_size} is not divisible by patch size {patch_size}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embedding width {embed_dim} is not divisible by {num_heads} heads")
+        self.widths = [embed_dim] * depth  # of the representation after each layer: all that SDSSL needs to know
+        grid = img_size // patch_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        positions = torch.cat([torch.zeros(1, embed_dim), sincos_2d(embed_dim, grid, grid)])  # [CLS] has none
+        self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        nn.init.normal_(self.cls_token, std=1e-6)
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                fan_out, fan_in = module.weight.flatten(1).shape
+                fan_out = fan_out // 3 if name.endswith("qkv") else fan_out  # xavier for q, k and v each, not for their stack
+                bound = math.sqrt(6 / (fan_in + fan_out))
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.zeros_(module.bias)
+        # MoCo v3's cure for unstable ViT training: a patch projection that never learns
+        self.patch_embed.requires_grad_(False)
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N - 1, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
+        cls = []
+        for block in self.blocks:
+            x = block(x)
+            cls.append(x[:, 0])
+        return self.norm(torch.stack(cls))  # (L, B, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Heads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mlp(in_dim, hidden_dim, out_dim, num_layers, last_bn=True):
+    """A projector (3 layers) or predictor (2), (B, in_dim) -> (B, out_dim), as in MoCo v3 and section 4.1 of the paper.
+
+    No biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no affine part, and BYOL goes without it (last_bn=False).
+    """
+    widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+    layers = []
+    for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
+        layers.append(nn.Linear(fan_in, fan_out, bias=False))
+        if i < num_layers - 1:
+            layers += [nn.BatchNorm1d(fan_out), nn.ReLU(inplace=True)]
+        elif last_bn:
+            layers.append(nn.BatchNorm1d(fan_out, affine=False))
+    return nn.Sequential(*layers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Losses: pure functions of tensors. With a process group, keys come from all ranks; without one, nothing is needed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    """This process's number among world_size(); 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _Gather(torch.autograd.Function):
+    """all_gather that keeps gradients. What every rank's loss asks of our slice is summed, so that DDP's average over ranks
+    gives what one process computes on the joined batch. Keeping the own rank's slice only would lose the cross terms."""
+
+    @staticmethod
+    def forward(ctx, z):
+        slices = [torch.empty_like(z) for _ in range(world_size())]
+        dist.all_gather(slices, z.contiguous())
+        return torch.cat(slices)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+@torch.compiler.disable  # a collective is a graph break in any case; said once, here
+def gather(z):
+    """(B, E) on each rank -> (world_size * B, E), in rank order, differentiable."""
+    return _Gather.apply(z) if world_size() > 1 else z
+
+
+def similarity(q, z):
+    """Cosine similarities of (..., B, E) with (N, E) -> (..., B, N); in float32 also under autocast: in half precision a
+    softmax at tau 0.2 loses the small differences it is about."""
+    with torch.autocast(q.device.type, enabled=False):
+        return F.normalize(q.float(), dim=-1) @ F.normalize(z.float(), dim=-1).mT
+
+
+def positives(q):
+    """For q (..., B, E): where among the gathered keys each anchor's own image sits, (..., B). Ranks are offset by B."""
+    B = q.shape[-2]
+    return (torch.arange(B, device=q.device) + rank() * B).expand(q.shape[:-1])
+
+
+def ctr(q, z, tau=0.2):
+    """Contrastive loss, Eq. 2 as in Algorithm 1: 2 tau * cross entropy of <q, z> / tau, mean over layers and images.
+
+    q: (B, E) or (K, B, E), anchors of K layers; z: (B, E), their keys. Other images' keys, on all ranks, are the negatives.
+    """
+    logits, labels = similarity(q, gather(z)) / tau, positives(q)  # (..., B, N), (..., B)
+    return 2 * tau * F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+def byol_loss(q, z):
+    """Eq. 1: 2 - 2 cos(q, z), mean over layers and images. q: (B, E) or (K, B, E); z: (B, E)."""
+    return 2 - 2 * (F.normalize(q.float(), dim=-1) * F.normalize(z.float(), dim=-1)).sum(-1).mean()
+
+
+def nt_xent(q1, q2, z1, z2, tau=0.2):
+    """SimCLR's loss with anchors q and keys z, 2 tau * cross entropy, view 1 -> view 2 and back, summed.
+
+    q1, q2: (B, E) or (K, B, E); z1, z2: (B, E). Negatives are both views of all other images on all ranks, 2 N - 2 of them;
+    an anchor never meets its own image's key of the same view. nt_xent(z1, z2, z1, z2) is plain SimCLR (times 2 tau).
+    """
+    z1, z2, labels = gather(z1), gather(z2), positives(q1)
+    own = F.one_hot(labels, len(z1)).bool()  # (..., B, N)
+
+    def one_way(q, z_same, z_other):
+        logits = torch.cat([similarity(q, z_other), similarity(q, z_same).masked_fill(own, -torch.inf)], dim=-1) / tau  # (..., B, 2 N)
+        return 2 * tau * F.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    return one_way(q1, z1, z2) + one_way(q2, z2, z1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The objective: Algorithm 1 of the paper, for all three frameworks
+# ---------------------------------------------------------------------------------------------------------------------
+
+FRAMEWORKS = ("simclr", "byol", "mocov3")
+
+
+def each(heads, xs):
+    """Every head on its own layer: K heads, K x (B, D) -> K x (B, E)."""
+    return [head(x) for head, x in zip(heads, xs)]
+
+
+class SDSSL(nn.Module):
+    """Self-distilled SimCLR, BYOL or MoCo v3 around a backbone; distill=False is the plain framework, without intermediate heads.
+
+    backbone: a module with `widths` (one per layer) whose forward returns the layers' representations, as VisionTransformer's.
+    framework: one of FRAMEWORKS. hidden_dim: of the last projector and all predictors, half of it in the other projectors.
+    out_dim: E. tau: temperature. beta: weight of the predictor loss. Raises ValueError for an unknown framework.
+    Attributes: backbone, projectors, predictors, teacher, teacher_projector; SimCLR has None for the last three.
+    """
+
+    def __init__(self, backbone, framework="mocov3", distill=True, hidden_dim=4096, out_dim=256, tau=0.2, beta=1.0):
+        super().__init__()
+        if framework not in FRAMEWORKS:
+            raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {framework!r}")
+        self.framework, self.distill, self.tau, self.beta = framework, distill, tau, beta
+        self.layers = slice(0 if distill else len(backbone.widths) - 1, None)  # the layers that have heads
+        *lower, last = backbone.widths[self.layers]
+        last_bn = framework != "byol"
+        self.backbone = backbone
+        self.projectors = nn.ModuleList([mlp(dim, hidden_dim // 2, out_dim, 3, last_bn) for dim in lower])
+        self.projectors.append(mlp(last, hidden_dim, out_dim, 3, last_bn))
+        self.predictors = self.teacher = self.teacher_projector = None
+        if framework != "simclr":
+            self.predictors = nn.ModuleList(mlp(out_dim, hidden_dim, out_dim, 2, last_bn) for _ in self.projectors)
+            self.teacher = copy.deepcopy(backbone).requires_grad_(False)  # f_t: one teacher, the last projector only
+            self.teacher_projector = copy.deepcopy(self.projectors[-1]).requires_grad_(False)
+
+    def L_ssl(self, q1, q2, z1, z2):
+        """The framework's loss, view 1 -> view 2 and back, summed. q: (B, E) or (K, B, E); z: (B, E). Eqs. 1 and 2."""
+        if self.framework == "simclr":
+            return nt_xent(q1, q2, z1, z2, self.tau)
+        if self.framework == "byol":
+            return byol_loss(q1, z2) + byol_loss(q2, z1)
+        return ctr(q1, z2, self.tau) + ctr(q2, z1, self.tau)
+
+    def p(self, q):
+        """Predictors: K x (B, E) -> (K, B, E)."""
+        return torch.stack(each(self.predictors, q))
+
+    @torch.no_grad()
+    def f_t(self, x):
+        """Momentum teacher: (B, 3, H, W) -> (B, E)."""
+        return self.teacher_projector(self.teacher(x)[-1])
+
+    def forward(self, x1, x2, alpha=1.0):
+        """Two views (B, 3, H, W) -> dict of scalars: `loss`, its terms `ssl`, `isd`, `pred`, and `spread` (no gradient).
+
+        alpha weighs the self-distillation. spread, of the final representation, is 1 on a uniformly filled sphere and 0 when
+        all images have become one point: collapse (the measure of SimSiam, Chen & He 2021, Figure 2).
+        """
+        r1, r2 = self.backbone(x1)[self.layers], self.backbone(x2)[self.layers]  # K x (B, D)
+        q1, q2 = each(self.projectors, r1), each(self.projectors, r2)  # f_s = projectors o backbone; K x (B, E)
+        K = len(q1)
+        loss_pred = loss_isd = torch.zeros((), device=x1.device)
+
+        if self.teacher is None:  # SimCLR: no predictor, and the student's own last projection is the target
+            q1, q2 = torch.stack(q1), torch.stack(q2)
+            z1, z2 = q1[-1], q2[-1]
+        else:
+            z1, z2 = self.f_t(x1), self.f_t(x2)
+            if self.distill:  # Eq. 5 sums over layers, L_ssl averages: hence K. sg(h) lets nothing but predictors learn
+                loss_pred = K * self.L_ssl(self.p([h.detach() for h in q1]), self.p([h.detach() for h in q2]), z1, z2)
+            q1, q2 = self.p(q1), self.p(q2)
+
+        loss_ssl = self.L_ssl(q1[-1], q2[-1], z1, z2)
+        if self.distill:  # Eq. 3: sg(z) lets the lower layers learn from the last, never the last from them
+            loss_isd = self.L_ssl(q1[:-1], q2[:-1], z1.detach(), z2.detach())
+        loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
+
+        spread = F.normalize(r1[-1].detach().float(), dim=-1).std(0).mean() * r1[-1].shape[-1] ** 0.5
+        return dict(loss=loss, ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread)
+
+    @property
+    def evaluated(self):
+        """The backbone that is used after training: the teacher; SimCLR's only one."""
+        return self.backbone if self.teacher is None else self.teacher
+
+    @torch.no_grad()
+    def update_teacher(self, m):
+        """teacher <- m teacher + (1 - m) student, after the optimiser's step. SimCLR has no teacher: nothing happens."""
+        if self.teacher is not None:
+            student = [*self.backbone.parameters(), *self.projectors[-1].parameters()]
+            teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
+            torch._foreach_lerp_(teacher, student, 1 - m)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Views: crops come with the data (below); everything else runs on the batch, on its device, with own numbers per image
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The asymmetric recipe of BYOL (Table 6) and MoCo v3: probability, or range from which each image draws its strength.
+VIEWS = [
+    dict(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray=0.2, blur=1.0, sigma=(0.1, 2.0), solarize=0.0, flip=0.5),
+    dict(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray=0.2, blur=0.1, sigma=(0.1, 2.0), solarize=0.2, flip=0.5),
+]  # crop: --min-crop to 1 of the area, aspect 3/4 to 4/3. sigma: pixels of a 224-pixel view; smaller views get as much less
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def seeded(device, *key):
+    """A generator whose numbers follow from `key` alone, (seed, epoch, image) say: nothing has to be stored for a resume."""
+    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def normalize(x):
+    """(B, 3, H, W), uint8 or float in [0, 1] -> float, ImageNet's mean and standard deviation taken out."""
+    x = x / 255 if x.dtype == torch.uint8 else x
+    return torch.stack([(channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD)], dim=1)
+
+
+def grayscale(x):
+    """(B, 3, H, W) -> (B, 1, H, W), luma of ITU-R 601."""
+    r, g, b = x.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
+
+
+def shift_hue(x, shift):
+    """Turn the hue of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), in turns, at constant saturation and value (HSV)."""
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    hue = torch.where(value == r, (g - b) / chroma, torch.where(value == g, 2 + (b - r) / chroma, 4 + (r - g) / chroma))
+    hue = torch.where(chroma > 0, hue, 0) + 6 * shift[:, 0]  # in sixths of a turn; grey has none
+    k = (hue[:, None] + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
+    """torchvision's ColorJitter on a batch x (B, 3, H, W) in [0, 1] with factors (B, 1, 1, 1) for every image.
+
+    order: in which brightness, contrast, saturation and hue (a shift in turns) are changed; one order serves the batch.
+    """
+    for operation in order:
+        if operation == 3:
+            x = shift_hue(x, hue)
+            continue
+        factor = (brightness, contrast, saturation)[operation]
+        base = (0, grayscale(x).mean((1, 2, 3), keepdim=True), grayscale(x))[operation]
+        x = (factor * x + (1 - factor) * base).clamp(0, 1)
+    return x
+
+
+def gaussian_blur(x, sigma, radius):
+    """Blur x (B, 3, H, W) with sigma (B, 1, 1, 1) pixels per image; kernel of 2 radius + 1 pixels, borders reflected."""
+
+    def matrix(size):  # a blur along one axis is a matrix product: (B, 1, size, size)
+        i, j = torch.arange(size, device=x.device)[:, None], torch.arange(size, device=x.device)
+        offsets = i - j, i + j, i + j - 2 * (size - 1)  # a pixel itself, and its images in the two borders
+        exists = torch.ones_like(i - j, dtype=torch.bool), j.expand(size, size) > 0, j.expand(size, size) < size - 1
+        weights = [torch.exp(-0.5 * (o / sigma) ** 2) * ((o.abs() <= radius) & e) for o, e in zip(offsets, exists)]
+        return sum(weights) / sum(weights).sum(-1, keepdim=True)
+
+    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).mT
+
+
+def augment(x, view, generator):
+    """One random view of each image: crops (B, 3, H, W), uint8 or float in [0, 1] -> normalised float (B, 3, H, W).
+
+    view: a row of VIEWS. generator: on x's device. Every image draws its own numbers; only jitter's order is the batch's.
+    """
+    x = x / 255 if x.dtype == torch.uint8 else x
+
+    def u(low, high):
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+
+    def maybe(p, changed):
+        return torch.where(u(0, 1) < p, changed, x)
+
+    strengths = [u(1 - s, 1 + s) for s in (view["brightness"], view["contrast"], view["saturation"])]
+    order = random.Random(generator.initial_seed()).sample(range(4), 4)
+    x = maybe(view["jitter"], color_jitter(x, *strengths, u(-view["hue"], view["hue"]), order))
+    x = maybe(view["gray"], grayscale(x))
+    scale = x.shape[-1] / 224
+    x = maybe(view["blur"], gaussian_blur(x, scale * u(*view["sigma"]), math.ceil(3 * scale * view["sigma"][1])))
+    x = maybe(view["solarize"], torch.where(x >= 0.5, 1 - x, x))
+    x = maybe(view["flip"], x.flip(-1))
+    return normalize(x)
+
+
+def random_boxes(n, height, width, scale, generator):
+    """n boxes for random resized crops, each (top, left, height, width) in pixels: (4, n) floats, all whole numbers.
+
+    As torchvision's RandomResizedCrop: area uniform in `scale` (parts of the image's), log aspect uniform in log 3/4..4/3,
+    the first of ten tries that fits.
+    """
+    area, aspect, top, left = torch.rand(4, n, 10, generator=generator, device=generator.device)
+    area = (scale[0] + (scale[1] - scale[0]) * area) * height * width
+    aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
+    h, w = (area / aspect).sqrt().round().clamp(min=1), (area * aspect).sqrt().round().clamp(min=1)
+    first = ((h <= height) & (w <= width)).int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0].clamp(max=height), w.gather(1, first)[:, 0].clamp(max=width)
+    return torch.stack([(top[:, 0] * (height - h + 1)).floor(), (left[:, 0] * (width - w + 1)).floor(), h, w])
+
+
+def crop_and_resize(x, boxes, size):
+    """Cut boxes (4, B) out of x (B, 3, H, W) in [0, 1] and resize them to (B, 3, size, size): bilinear, antialiased, as PIL."""
+
+    def matrix(start, length, size_in):  # resizing along one axis is a matrix product: (B, 1, size, size_in)
+        start, length = start.view(-1, 1, 1, 1), length.view(-1, 1, 1, 1)
+        step = length / size  # input pixels per output pixel
+        pixel = torch.arange(size_in, device=x.device) + 0.5
+        centre = start + (torch.arange(size, device=x.device)[:, None] + 0.5) * step
+        weights = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0) * ((pixel > start) & (pixel < start + length))
+        return weights / weights.sum(-1, keepdim=True)
+
+    top, left, height, width = boxes
+    return matrix(top, height, x.shape[-2]) @ x @ matrix(left, width, x.shape[-1]).mT
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Data: glyphs drawn on the spot, torchvision's sets, or a folder. Small sets live on the device as uint8
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROOT = "data"  # where torchvision's sets are downloaded to
+
+
+class UserError(ValueError):
+    """Something the user can change; the command line prints it as one line and exits with code 2."""
+
+
+class Glyphs:
+    """The toy set: ten bright shapes of random place, size, turn and tint on dark, noisy ground, the same for everyone.
+
+    Free colours or textures would defeat the purpose: instance discrimination then lives on them and never sees the shape.
+    data: uint8 (n, 3, 32, 32). targets: list of class numbers.
+    """
+
+    classes = ["disc", "ring", "square", "frame", "triangle", "cross", "bar", "star", "crescent", "corner"]
+
+    def __init__(self, n, seed):
+        g = seeded("cpu", "glyphs", seed)
+
+        def u(low, high):
+            return low + (high - low) * torch.rand(n, 1, 1, generator=g)
+
+        labels = torch.arange(n) % len(self.classes)
+        axis = (torch.arange(32) + 0.5) / 16 - 1  # -1 .. 1 across the image
+        size, turn = u(0.35, 0.6), u(0, 2 * math.pi)
+        y, x = axis[:, None] - u(-0.35, 0.35), axis - u(-0.35, 0.35)
+        x, y = (x * turn.cos() + y * turn.sin()) / size, (y * turn.cos() - x * turn.sin()) / size  # the glyph's own axes, (n, 32, 32)
+        r, angle, ax, ay = (x**2 + y**2).sqrt(), torch.atan2(y, x), x.abs(), y.abs()
+        square = torch.maximum(ax, ay)
+        outside = torch.stack([  # roughly the distance from the shape's edge, negative inside
+            r - 0.85,
+            (r - 0.75).abs() - 0.2,
+            square - 0.8,
+            (square - 0.7).abs() - 0.17,
+            torch.maximum(-y, ax * 0.866 + y * 0.5) - 0.5,
+            torch.minimum(torch.maximum(ax - 0.25, ay - 0.95), torch.maximum(ay - 0.25, ax - 0.95)),
+            torch.maximum(ax - 1.05, ay - 0.25),
+            r * (1 + 0.4 * (5 * angle).cos()) - 0.65,
+            torch.maximum(r - 0.95, 0.7 - ((x - 0.45) ** 2 + y**2).sqrt()),
+            torch.maximum(square - 0.85, torch.minimum(0.35 - x, 0.35 - y)),
+        ], dim=1)[torch.arange(n), labels]  # fmt: skip
+        ink = torch.sigmoid(-outside * size * 32)[:, None]  # an edge about a pixel wide; (n, 1, 32, 32)
+        tint = 0.5 + 0.5 * torch.rand(n, 3, 1, 1, generator=g)
+        pixels = 0.1 + ink * (tint - 0.1) + 0.08 * torch.randn(n, 3, 32, 32, generator=g)
+        self.data, self.targets = (pixels.clamp(0, 1) * 255).round().to(torch.uint8), labels.tolist()
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, i):
+        return TF.to_pil_image(self.data[i]), self.targets[i]
+
+
+TORCHVISION = {  # name: part ("pretrain", "train" or "val") -> a dataset of (PIL image, class number)
+    "cifar10": lambda part: torchvision.datasets.CIFAR10(ROOT, train=part != "val", download=True),
+    "cifar100": lambda part: torchvision.datasets.CIFAR100(ROOT, train=part != "val", download=True),
+    "stl10": lambda part: torchvision.datasets.STL10(ROOT, dict(pretrain="unlabeled", train="train", val="test")[part], download=True),
+}
+
+
+def open_dataset(data, part):
+    """The part "pretrain", "train" or "val" of `data`: "toy", a name in TORCHVISION, or a folder in ImageFolder layout.
+
+    Returns a dataset of (PIL image, class number). Raises UserError if there is none. Must be called on all ranks alike.
+    """
+    if data == "toy":
+        return Glyphs(1024, seed=1) if part == "val" else Glyphs(4096, seed=0)
+    if data in TORCHVISION:
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a node downloads, the others then find the files
+        if world_size() > 1 and not first:
+            dist.barrier()
+        try:
+            dataset = TORCHVISION[data](part)
+        except (OSError, RuntimeError) as error:
+            where = Path(ROOT).resolve()
+            raise UserError(f"cannot download {data} ({error}); put the files torchvision expects into {where}") from None
+        if world_size() > 1 and first:
+            dist.barrier()
+        return dataset
+    folder = Path(data) / ("val" if part == "val" else "train")
+    if not folder.is_dir():
+        known = ", ".join(["toy", *TORCHVISION])
+        raise UserError(f"--data {data}: no folder {folder}; give one of {known}, or a folder with train/<class>/ and val/<class>/")
+    try:
+        return torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"--data {data}: {' '.join(str(error).split())}") from None
+
+
+class TwoCrops(Dataset):
+    """Two random crops of each image, (2, B, 3, size, size), by lists of keys (epoch, image number).
+
+    Sets that torchvision holds in memory become uint8 on the device, and a batch is cut there at once; image files are read
+    and cut by the DataLoader's workers, one at a time. Either way the crops follow from (seed, epoch, image): no two
+    workers or ranks share them, and a resumed run sees what the uninterrupted one would have seen.
+    """
+
+    def __init__(self, source, size, min_crop, seed, device="cpu"):
+        self.source, self.size, self.scale, self.seed = source, size, (min_crop, 1.0), seed
+        data = getattr(source, "data", None)
+        if data is not None:
+            data = torch.as_tensor(data)
+            data = data.permute(0, 3, 1, 2).contiguous() if data.shape[-1] == 3 else data  # CIFAR comes as (n, H, W, 3)
+            data = data.to(device)
+        self.pixels = data
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitems__(self, keys):
+        if self.pixels is None:
+            return torch.stack([self.crop_file(*key) for key in keys], dim=1)  # uint8
+        epoch, first = keys[0]  # an image comes once in an epoch, so the first one names the batch
+        generator = seeded(self.pixels.device, self.seed, epoch, first)
+        x = self.pixels[torch.tensor([i for _, i in keys]).to(self.pixels.device, non_blocking=True)] / 255
+        boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(2)]
+        return torch.stack([crop_and_resize(x, box, self.size) for box in boxes])
+
+    def crop_file(self, epoch, i):
+        image = self.source[i][0].convert("RGB")
+        boxes = random_boxes(2, image.height, image.width, self.scale, seeded("cpu", self.seed, epoch, i)).int().T.tolist()
+        return torch.stack([TF.pil_to_tensor(TF.resized_crop(image, *box, [self.size, self.size])) for box in boxes])
+
+
+class CentreCrops(Dataset):
+    """For evaluation: (uint8 (3, size, size), class number); an image that has the right size already is left alone."""
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        image, label = self.source[i]
+        image = image.convert("RGB")
+        if image.size != (self.size, self.size):
+            image = TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size)  # 256 for 224
+        return TF.pil_to_tensor(image), label
+
+
+class Batches(Sampler):
+    """This rank's batches of keys (epoch, image) from step `first` to the run's end: the place in the data is the step alone."""
+
+    def __init__(self, sampler, batch_size, steps_per_epoch, first, last):
+        self.sampler, self.batch_size, self.steps_per_epoch, self.steps = sampler, batch_size, steps_per_epoch, range(first, last)
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        order_of = None
+        for step in self.steps:
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            if order_of != epoch:
+                self.sampler.set_epoch(epoch)
+                order, order_of = list(self.sampler), epoch
+            yield [(epoch, i) for i in order[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. How good is every layer? DINO's weighted k-NN, during training and in eval_knn.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
+    """DINO's weighted k-NN: each of the k nearest (cosine) training images votes for its class with exp(similarity / temperature).
+
+    train_x: (N, D), train_y: (N,) class numbers, test_x: (M, D). Returns (M, num_classes); raises ValueError if k > N.
+    """
+    if k > len(train_x):
+        raise ValueError(f"k-NN with k = {k} needs at least as many training images, not {len(train_x)}")
+    train_x = F.normalize(train_x.float(), dim=-1)
+    scores = torch.zeros(len(test_x), num_classes, device=train_x.device)
+    chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
+    for x, out in zip(test_x.split(chunk), scores.split(chunk)):
+        similarities, neighbours = (F.normalize(x.float(), dim=-1) @ train_x.T).topk(k)
+        out.scatter_add_(1, train_y[neighbours], (similarities / temperature).exp())
+    return scores
+
+
+@torch.no_grad()
+def extract(backbone, dataset, device, workers=0, batch_size=256):
+    """The frozen representation of every layer: L x (M, D_l) in float16 (ImageNet x 12 layers must fit), and labels (M,)."""
+    backbone.eval()
+    features = [torch.empty(len(dataset), width, dtype=torch.float16) for width in backbone.widths]
+    labels, start = torch.empty(len(dataset), dtype=torch.long), 0
+    for images, y in DataLoader(dataset, batch_size, num_workers=workers):
+        for layer, r in zip(features, backbone(normalize(images.to(device)))):
+            layer[start : start + len(y)] = r.cpu()
+        labels[start : start + len(y)] = y
+        start += len(y)
+    return features, labels
+
+
+def knn(backbone, train, val, device, k=20, temperature=0.07, workers=0):
+    """k-NN accuracy of every layer: (L, 2), top-1 and top-5 in percent. Ranks share the work and all get the answer."""
+    share, even = (lambda n: range(rank(), n, world_size())), len(train) // world_size() * world_size()
+    train_x, train_y = extract(backbone, Subset(train, share(even)), device, workers)
+    val_x, val_y = extract(backbone, Subset(val, share(len(val))), device, workers)
+    train_y, val_y = gather(train_y.to(device)), val_y.to(device)
+    num_classes = 1 + int(max(train_y.max(), gather(val_y.max()[None]).max()))
+    hits = []
+    for bank, x in zip(train_x, val_x):
+        scores = knn_scores(gather(bank.to(device)), train_y, x.to(device), num_classes, min(k, even), temperature)
+        correct = scores.topk(min(5, num_classes)).indices == val_y[:, None]
+        hits.append(torch.stack([correct[:, 0].sum(), correct.sum()]))
+    return 100 * gather(torch.stack(hits)[None]).sum(0).cpu() / len(val)
+
+
+def layer_table(accuracies, title):
+    """Text: a line a layer with top-1 and top-5 (L, 2) in percent, and a bar for top-1."""
+    lines = [f"{title}", "layer  top-1  top-5"]
+    for layer, (top1, top5) in enumerate(accuracies.tolist(), 1):
+        lines.append(f"{layer:5}  {top1:5.1f}  {top5:5.1f}  {'█' * round(top1 / 2)}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Schedules, optimiser groups, checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def cosine(start, end, t):
+    """Half a cosine from start (t = 0) to end (t = 1)."""
+    return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
+
+
+def learning_rate(step, total, warmup, peak):
+    """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
+    return peak * (step + 1) / warmup if step < warmup else cosine(peak, 0, (step - warmup) / max(1, total - warmup))
+
+
+def parameter_groups(model, weight_decay):
+    """What the optimiser gets: no frozen parameters; weight decay on matrices, none on biases, norms and [CLS]."""
+    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decay = [p for name, p in learning if p.ndim > 1 and not name.endswith("cls_token")]
+    rest = [p for name, p in learning if p.ndim <= 1 or name.endswith("cls_token")]
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+
+ARCHS = {
+    "vit_toy": dict(embed_dim=64, depth=6, num_heads=4),
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=12),  # 12 heads as in MoCo v3; DINO and DeiT have 6
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+}
+
+
+def save_checkpoint(folder, config, model, optimizer, step):
+    """last.pt in `folder`: the backbone people want, and all that a resumed run needs, since random numbers follow from the step.
+
+    Written beside and renamed, so that last.pt is whole at any moment; the one before stays as previous.pt.
+    """
+    new, last = folder / "last.new", folder / "last.pt"
+    torch.save(dict(
+        backbone=model.evaluated.state_dict(), architecture=architecture(config), config=dataclasses.asdict(config),
+        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step), new)  # fmt: skip
+    if last.exists():
+        os.replace(last, folder / "previous.pt")
+    os.replace(new, last)
+
+
+def load_checkpoint(path):
+    """A checkpoint of ours as a dict of tensors and plain values. Raises UserError if there is none that can be read."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if {"backbone", "architecture", "config"} <= checkpoint.keys():
+            return checkpoint
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except Exception as error:  # cut short, not a checkpoint, a pickle that wants to run code: torch raises many kinds
+        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:120]}") from None
+    raise UserError(f"{path} is not a checkpoint of sdssl.py")
+
+
+def load_backbone(path, which="teacher", device="cpu"):
+    """The trained backbone in eval mode, rebuilt from the checkpoint alone; every weight must fit.
+
+    which: "teacher" (for SimCLR, which has none, its only network) or "student". Raises UserError for a foreign file.
+    """
+    checkpoint = load_checkpoint(path)
+    backbone, weights = VisionTransformer(**checkpoint["architecture"]), checkpoint["backbone"]
+    if which == "student":
+        prefix = "backbone."
+        weights = {name[len(prefix) :]: w for name, w in checkpoint["model"].items() if name.startswith(prefix)}
+    backbone.load_state_dict(weights)
+    return backbone.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Configuration: default < preset < flag
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def opt(default, help, low=None, high=None, choices=None):
+    """A field of Config: default, one line of help, and the values it may take."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+@dataclasses.dataclass
+class Config:
+    framework: str = opt("mocov3", "the SSL framework that is self-distilled", choices=FRAMEWORKS)
+    distill: bool = opt(True, "self-distillation; without it, the plain framework")
+    data: str = opt("toy", f"toy, {', '.join(TORCHVISION)}, or a folder with train/<class>/ and val/<class>/")
+    preset: str = opt("", "toy, cifar10 or imagenet; follows from --data")
+    # the method
+    alpha: float = opt(1.0, "weight of the intermediate self-distillation at the end of training; cosine from 0", 0, 100)
+    beta: float = opt(1.0, "weight of the predictor loss", 0, 100)
+    tau: float = opt(0.2, "temperature of the contrastive loss", 1e-3, 100)
+    m0: float = opt(0.996, "teacher's momentum at the start; cosine to 1", 0, 1)
+    # the model
+    arch: str = opt("vit_small", "the backbone", choices=tuple(ARCHS))
+    img_size: int = opt(224, "pixels", 1, 4096)
+    patch_size: int = opt(16, "pixels", 1, 4096)
+    hidden_dim: int = opt(4096, "hidden width of the last projector and the predictors; half of it in the others", 2, 2**16)
+    out_dim: int = opt(256, "E, width of the heads' output", 2, 2**16)
+    # the optimisation
+    epochs: int = opt(300, "passes over the training images", 1, 10**6)
+    warmup_epochs: float = opt(40, "linear warm-up of the learning rate", 0, 10**6)
+    batch_size: int = opt(1024, "images in a step, over all ranks", 2, 2**20)
+    lr: float = opt(1.5e-4, "peak learning rate per 256 images: times batch_size / 256", 0, 10)
+    weight_decay: float = opt(0.1, "AdamW's; none on biases, norms and [CLS]", 0, 10)
+    min_crop: float = opt(0.08, "smallest crop, part of the image's area", 0.01, 1)
+    seed: int = opt(0, "of everything random", 0, 2**31)
+    # the run; none of these changes what is learned
+    out: str = opt("", "run folder; by default runs/ and a name that tells data, framework and seed")
+    resume: bool = opt(False, "continue the newest run of this name, if there is one, from its last checkpoint")
+    max_steps: int = opt(0, "stop after so many optimiser steps, with schedules as planned; 0: after the last epoch", 0)
+    knn_every: int = opt(10, "epochs between two k-NN tables; 0: no table at all", 0)
+    log_every: int = opt(10, "steps between two lines of log.jsonl", 1)
+    workers: int = opt(8, "processes a rank that read image files; sets held in memory need none", 0, 1024)
+    device: str = opt("auto", "where to run; auto: CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    bf16: bool = opt(True, "bfloat16 autocast on CUDA; on CPU everything is float32")
+    compile: bool = opt(False, "torch.compile the model")
+
+
+PRESETS = {
+    "toy": dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=24, warmup_epochs=2, batch_size=256,
+                lr=2e-3, weight_decay=0.05, m0=0.95, min_crop=0.3, knn_every=6),
+    "cifar10": dict(arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048, epochs=200, warmup_epochs=10, batch_size=512,
+                    lr=5e-4, weight_decay=0.1, m0=0.99, min_crop=0.2, knn_every=10),
+    "imagenet": dict(),  # the paper's ViT-S/16, section 4.1: the defaults above
+    "imagenet/simclr": dict(lr=1.3e-4),
+}  # fmt: skip
+
+
+class Parser(ArgumentParser):
+    """One clear line and exit code 2 on bad usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_config(argv=None):
+    """Command line -> Config. Exits with code 2 and one line on anything unknown, out of range or contradictory."""
+    parser = Parser("sdssl.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        flag, help = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (default: {field.default})"
+        if field.type is bool:
+            parser.add_argument(flag, action=BooleanOptionalAction, default=SUPPRESS, help=help)
+        else:
+            parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=SUPPRESS, help=help)
+    given = vars(parser.parse_args(argv))
+    data = given.get("data", "toy")
+    preset = given.get("preset") or {"toy": "toy", "cifar10": "cifar10", "cifar100": "cifar10"}.get(data, "imagenet")
+    if preset not in PRESETS or "/" in preset:
+        parser.error(f"argument --preset: {preset!r} is none of toy, cifar10, imagenet")
+    refined = PRESETS.get(f"{preset}/{given.get('framework', Config.framework)}", {})
+    config = Config(**PRESETS[preset] | refined | given | dict(preset=preset))
+    try:
+        check(config)
+    except UserError as error:
+        parser.error(error)
+    return config
+
+
+def check(config):
+    """Raises UserError, naming the flag, if a value is out of its range or two values contradict each other."""
+    for field in dataclasses.fields(config):
+        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if field.type in (int, float) and not low <= value <= high:  # nan fails every comparison
+            raise UserError(f"argument --{field.name.replace('_', '-')}: {value} is not between {low} and {high}")
+    if config.warmup_epochs > config.epochs:
+        raise UserError(f"argument --warmup-epochs: {config.warmup_epochs} is more than --epochs {config.epochs}")
+    if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"argument --batch-size: {config.batch_size} is not divisible by {os.environ['WORLD_SIZE']} ranks")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("argument --device: no CUDA device can be used here; --device cpu runs everywhere")
+    try:
+        with torch.device("meta"):
+            VisionTransformer(**architecture(config))
+    except ValueError as error:
+        raise UserError(f"argument --img-size, --patch-size: {error}") from None
+
+
+def architecture(config):
+    """Keyword arguments of the backbone; stored with every checkpoint."""
+    return dict(img_size=config.img_size, patch_size=config.patch_size, **ARCHS[config.arch])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def set_up(config):
+    """Join the process group if torchrun started us; returns this rank's device."""
+    use_cuda = torch.cuda.is_available() and config.device != "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node asks for more ranks than the {torch.cuda.device_count()} CUDA devices of this node")
+    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+    return device
+
+
+def run_folder(config):
+    """The folder of this run, the same on all ranks: new and empty, or with --resume the newest of its name."""
+    base = Path(config.out or f"runs/{Path(config.data).name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
+    names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10**4))]
+    used = next(i for i, name in enumerate(names) if not name.exists())  # an earlier run is never written over
+    folder = [str(names[max(0, used - 1) if config.resume else used])]
+    if world_size() > 1:
+        dist.broadcast_object_list(folder)
+    Path(folder[0]).mkdir(parents=True, exist_ok=True)
+    return Path(folder[0])
+
+
+def save_views(path, dataset, keys, seed):
+    """A picture of what the network sees: in each column an image, its view 1 and its view 2."""
+    crops = dataset.__getitems__(keys)
+    views = [augment(x, view, seeded(x.device, seed, "picture", i)).cpu() for i, (x, view) in enumerate(zip(crops, VIEWS))]
+    whole = CentreCrops(dataset.source, dataset.size)
+    images = normalize(torch.stack([whole[i][0] for _, i in keys]))
+    grid = torchvision.utils.make_grid(torch.cat([images, *views]), nrow=len(keys), padding=1)
+    grid = grid * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    torchvision.utils.save_image(TF.resize(grid, max(300, grid.shape[1]), TF.InterpolationMode.NEAREST), path)
+
+
+def every_nth(dataset, most):
+    """At most `most` images, evenly spaced: the k-NN table during training is a monitor; eval_knn.py takes them all."""
+    return Subset(dataset, range(0, len(dataset), math.ceil(len(dataset) / most)))
+
+
+class Log:
+    """log.jsonl and the progress bar, on rank 0. Numbers on the device are read a step late: the host never waits for it."""
+
+    def __init__(self, folder, every, bar):
+        self.folder, self.every, self.bar = folder, every, bar
+        self.pending, self.start, self.waited, self.steps = None, time.perf_counter(), 0.0, 0
+
+    def step(self, record, tensors, images, waited):
+        """Take this step's plain values, its tensors by name, images and seconds spent waiting for data."""
+        self.flush()
+        self.pending = record, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), images
+        self.waited, self.steps = self.waited + waited, self.steps + 1
+
+    def flush(self):
+        """Read the pending step; UserError if it was not finite."""
+        if self.pending is None:
+            return
+        (record, names, values, images), self.pending = self.pending, None
+        record = record | dict(zip(names, values.tolist()))
+        self.bar.update(images)
+        if record["step"] % self.every and record["step"] > 1:
+            return
+        seconds = time.perf_counter() - self.start
+        record |= dict(images_per_s=images * self.steps / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
+        self.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", spread=f"{record['spread']:.2f}")
+        self.write(record)
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def write(self, record):
+        """Append one line to log.jsonl."""
+        if rank() == 0:
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def peak_memory():
+    """GiB, of the device under CUDA, else of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def train(config):
+    """One run, from the first image to the table of all layers; everything it makes lands in its run folder."""
+    device = set_up(config)
+    source = open_dataset(config.data, "pretrain")
+    if len(source) < config.batch_size:
+        raise UserError(f"{len(source)} training images do not fill a batch; choose --batch-size {len(source)} or less")
+    if config.knn_every:
+        knn_train = every_nth(CentreCrops(open_dataset(config.data, "train"), config.img_size), 50_000)
+        knn_val = every_nth(CentreCrops(open_dataset(config.data, "val"), config.img_size), 10_000)
+    steps_per_epoch = len(source) // config.batch_size
+    total = config.epochs * steps_per_epoch
+    last = min(total, config.max_steps or total)
+
+    torch.manual_seed(config.seed)  # the same weights on all ranks; every later random number has a key of its own
+    backbone = VisionTransformer(**architecture(config))
+    model = SDSSL(backbone, config.framework, config.distill, config.hidden_dim, config.out_dim, config.tau, config.beta)
+    model.to(device)
+    if world_size() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on CPU, BatchNorm sees the images of its rank only
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+
+    folder, first = run_folder(config), 0
+    if config.resume and (folder / "last.pt").exists():
+        checkpoint = load_checkpoint(folder / "last.pt")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        first = checkpoint["step"]
+    if config.compile:
+        model.compile()
+    ddp = model
+    if world_size() > 1:
+        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    dataset = TwoCrops(source, config.img_size, config.min_crop, config.seed, device)
+    sampler = DistributedSampler(dataset, world_size(), rank(), seed=config.seed, drop_last=True)
+    keys = Batches(sampler, config.batch_size // world_size(), steps_per_epoch, first, last)
+    workers = config.workers if dataset.pixels is None else 0
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=device.type == "cuda" and workers > 0)
+    if rank() == 0 and first == 0:
+        save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+
+    bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
+    log = Log(folder, config.log_every, bar)
+    batches = iter(loader)
+    for step in range(first, last):
+        start = time.perf_counter()
+        crops = next(batches).to(device, non_blocking=True)  # (2, B, 3, H, W)
+        waited = time.perf_counter() - start
+
+        lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
+        alpha, m = cosine(0, config.alpha, step / total), cosine(config.m0, 1, step / total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        x1, x2 = (augment(x, view, seeded(device, config.seed, step, rank(), i)) for i, (x, view) in enumerate(zip(crops, VIEWS)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda"):
+            terms = ddp(x1, x2, torch.full((), alpha, device=device))
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        model.update_teacher(m)
+
+        grad_norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
+        epoch = (step + 1) / steps_per_epoch
+        log.step(dict(step=step + 1, epoch=epoch, lr=lr, alpha=alpha, m=m), terms | dict(grad_norm=grad_norm), config.batch_size, waited)
+
+        if epoch == int(epoch) or step + 1 == last:
+            log.flush()
+            if rank() == 0:
+                save_checkpoint(folder, config, model, optimizer, step + 1)
+            if config.knn_every and (epoch % config.knn_every == 0 or step + 1 == last):
+                accuracies = knn(model.evaluated, knn_train, knn_val, device, workers=workers)
+                model.train()
+                log.write(dict(step=step + 1, epoch=epoch, knn=accuracies.tolist()))
+                if rank() == 0:
+                    tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer (%), epoch {epoch:g}"))
+    bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    """python sdssl.py, torchrun sdssl.py"""
+    config = parse_config(argv)
+    try:
+        train(config)
+    except UserError as error:
+        sys.exit(print(f"sdssl.py: {error}", file=sys.stderr) or 2)
+    finally:
+        if world_size() > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
