@@ -18,6 +18,7 @@ data -> k-NN -> schedules -> checkpoint -> training -> command line. Sections 1 
 
 B images in a batch, N tokens, D embedding width, L blocks, E head output; view 1 and view 2 of an image are x1 and x2.
 """
+import contextlib
 import copy
 import dataclasses
 import json
@@ -26,6 +27,7 @@ import os
 import random
 import resource
 import sys
+import textwrap
 import time
 from argparse import ArgumentParser, BooleanOptionalAction, SUPPRESS
 from collections import OrderedDict
@@ -479,8 +481,8 @@ class Glyphs:
 
         labels = torch.arange(n) % len(self.classes)
         axis = (torch.arange(32) + 0.5) / 16 - 1  # -1 .. 1 across the image
-        size, turn = u(0.35, 0.6), u(0, 2 * math.pi)
-        y, x = axis[:, None] - u(-0.35, 0.35), axis - u(-0.35, 0.35)
+        size, turn = u(0.4, 0.8), u(0, 2 * math.pi)
+        y, x = axis[:, None] - u(-0.3, 0.3), axis - u(-0.3, 0.3)
         x, y = (x * turn.cos() + y * turn.sin()) / size, (y * turn.cos() - x * turn.sin()) / size  # the glyph's own axes, (n, 32, 32)
         r, angle, ax, ay = (x**2 + y**2).sqrt(), torch.atan2(y, x), x.abs(), y.abs()
         square = torch.maximum(ax, ay)
@@ -497,8 +499,7 @@ class Glyphs:
             torch.maximum(square - 0.85, torch.minimum(0.35 - x, 0.35 - y)),
         ], dim=1)[torch.arange(n), labels]  # fmt: skip
         ink = torch.sigmoid(-outside * size * 32)[:, None]  # an edge about a pixel wide; (n, 1, 32, 32)
-        tint = 0.5 + 0.5 * torch.rand(n, 3, 1, 1, generator=g)
-        pixels = 0.1 + ink * (tint - 0.1) + 0.08 * torch.randn(n, 3, 32, 32, generator=g)
+        pixels = 0.1 + ink * (u(0.4, 1.0)[:, None] - 0.1) + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
         self.data, self.targets = (pixels.clamp(0, 1) * 255).round().to(torch.uint8), labels.tolist()
 
     def __len__(self):
@@ -757,6 +758,8 @@ def opt(default, help, low=None, high=None, choices=None):
 
 @dataclasses.dataclass
 class Config:
+    """Every setting of a run, one line each: default, meaning, range. The defaults are the paper's ViT-S/16 on ImageNet."""
+
     framework: str = opt("mocov3", "the SSL framework that is self-distilled", choices=FRAMEWORKS)
     distill: bool = opt(True, "self-distillation; without it, the plain framework")
     data: str = opt("toy", f"toy, {', '.join(TORCHVISION)}, or a folder with train/<class>/ and val/<class>/")
@@ -780,7 +783,7 @@ class Config:
     weight_decay: float = opt(0.1, "AdamW's; none on biases, norms and [CLS]", 0, 10)
     min_crop: float = opt(0.08, "smallest crop, part of the image's area", 0.01, 1)
     seed: int = opt(0, "of everything random", 0, 2**31)
-    # the run; none of these changes what is learned
+    # the run: from here on, nothing changes what is learned, and a resumed run may have other values
     out: str = opt("", "run folder; by default runs/ and a name that tells data, framework and seed")
     resume: bool = opt(False, "continue the newest run of this name, if there is one, from its last checkpoint")
     max_steps: int = opt(0, "stop after so many optimiser steps, with schedules as planned; 0: after the last epoch", 0)
@@ -803,14 +806,27 @@ PRESETS = {
 
 
 class Parser(ArgumentParser):
-    """One clear line and exit code 2 on bad usage."""
+    """Bad usage is a UserError like any other."""
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
+        raise UserError(message)
+
+
+@contextlib.contextmanager
+def one_line_errors(program):
+    """What the user can change comes out as one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if world_size() > 1:
+            dist.destroy_process_group()
 
 
 def parse_config(argv=None):
-    """Command line -> Config. Exits with code 2 and one line on anything unknown, out of range or contradictory."""
+    """Command line -> Config. Raises UserError on anything unknown, out of range or contradictory."""
     parser = Parser("sdssl.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     for field in dataclasses.fields(Config):
         flag, help = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (default: {field.default})"
@@ -822,13 +838,10 @@ def parse_config(argv=None):
     data = given.get("data", "toy")
     preset = given.get("preset") or {"toy": "toy", "cifar10": "cifar10", "cifar100": "cifar10"}.get(data, "imagenet")
     if preset not in PRESETS or "/" in preset:
-        parser.error(f"argument --preset: {preset!r} is none of toy, cifar10, imagenet")
+        raise UserError(f"argument --preset: {preset!r} is none of toy, cifar10, imagenet")
     refined = PRESETS.get(f"{preset}/{given.get('framework', Config.framework)}", {})
     config = Config(**PRESETS[preset] | refined | given | dict(preset=preset))
-    try:
-        check(config)
-    except UserError as error:
-        parser.error(error)
+    check(config)
     return config
 
 
@@ -843,8 +856,6 @@ def check(config):
         raise UserError(f"argument --warmup-epochs: {config.warmup_epochs} is more than --epochs {config.epochs}")
     if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"argument --batch-size: {config.batch_size} is not divisible by {os.environ['WORLD_SIZE']} ranks")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("argument --device: no CUDA device can be used here; --device cpu runs everywhere")
     try:
         with torch.device("meta"):
             VisionTransformer(**architecture(config))
@@ -862,9 +873,11 @@ def architecture(config):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def set_up(config):
-    """Join the process group if torchrun started us; returns this rank's device."""
-    use_cuda = torch.cuda.is_available() and config.device != "cpu"
+def set_up(device="auto"):
+    """Join the process group if torchrun started us; returns this rank's device. device: "auto", "cpu" or "cuda"."""
+    use_cuda = torch.cuda.is_available() and device != "cpu"
+    if device == "cuda" and not use_cuda:
+        raise UserError("argument --device: no CUDA device can be used here; --device cpu runs everywhere")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node asks for more ranks than the {torch.cuda.device_count()} CUDA devices of this node")
@@ -877,7 +890,7 @@ def set_up(config):
 
 
 def run_folder(config):
-    """The folder of this run, the same on all ranks: new and empty, or with --resume the newest of its name."""
+    """The folder of this run, the same on all ranks: a new one, or with --resume the newest of its name."""
     base = Path(config.out or f"runs/{Path(config.data).name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10**4))]
     used = next(i for i, name in enumerate(names) if not name.exists())  # an earlier run is never written over
@@ -897,6 +910,15 @@ def save_views(path, dataset, keys, seed):
     grid = torchvision.utils.make_grid(torch.cat([images, *views]), nrow=len(keys), padding=1)
     grid = grid * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     torchvision.utils.save_image(TF.resize(grid, max(300, grid.shape[1]), TF.InterpolationMode.NEAREST), path)
+
+
+def same_run(config, saved, folder):
+    """Raises UserError, naming the differences, if a checkpoint's configuration would learn something else."""
+    names = [field.name for field in dataclasses.fields(config)]
+    learned = names[: names.index("out")]
+    differences = [f"--{n.replace('_', '-')} is {saved.get(n)} there, {getattr(config, n)} here" for n in learned if saved.get(n) != getattr(config, n)]
+    if differences:
+        raise UserError(f"cannot resume {folder}: {'; '.join(differences)}")
 
 
 def every_nth(dataset, most):
@@ -948,7 +970,7 @@ def peak_memory():
 
 def train(config):
     """One run, from the first image to the table of all layers; everything it makes lands in its run folder."""
-    device = set_up(config)
+    device = set_up(config.device)
     source = open_dataset(config.data, "pretrain")
     if len(source) < config.batch_size:
         raise UserError(f"{len(source)} training images do not fill a batch; choose --batch-size {len(source)} or less")
@@ -970,6 +992,7 @@ def train(config):
     folder, first = run_folder(config), 0
     if config.resume and (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder / "last.pt")
+        same_run(config, checkpoint["config"], folder)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
@@ -984,9 +1007,11 @@ def train(config):
     keys = Batches(sampler, config.batch_size // world_size(), steps_per_epoch, first, last)
     workers = config.workers if dataset.pixels is None else 0
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=device.type == "cuda" and workers > 0)
-    if rank() == 0 and first == 0:
-        save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    if rank() == 0:
+        print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
+        print(f"{folder}: step {first} to {last} of {total}, {device.type} x {world_size()}")
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+        save_views(folder / "views.png", dataset, next(iter(keys), [])[:12], config.seed)
 
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
     log = Log(folder, config.log_every, bar)
@@ -1033,14 +1058,8 @@ def train(config):
 
 def main(argv=None):
     """python sdssl.py, torchrun sdssl.py"""
-    config = parse_config(argv)
-    try:
-        train(config)
-    except UserError as error:
-        sys.exit(print(f"sdssl.py: {error}", file=sys.stderr) or 2)
-    finally:
-        if world_size() > 1:
-            dist.destroy_process_group()
+    with one_line_errors("sdssl.py"):
+        train(parse_config(argv))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,697 @@
+# SPDX-License-Identifier: MIT
+"""pytest -q: every piece of sdssl.py against something independent of it - a naive loop, a formula, torchvision's module,
+a literal transcription of the paper's Algorithm 1, one process against two, the real command line in a real process."""
+import ast
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.transforms import functional as TF
+
+import eval_knn
+import sdssl
+from sdssl import SDSSL, VisionTransformer, byol_loss, ctr, knn_scores, load_backbone, mlp, nt_xent, sincos_2d
+
+HERE = pathlib.Path(__file__).parent
+TINY = ["--arch", "vit_toy", "--hidden-dim", "32", "--out-dim", "16", "--batch-size", "64", "--device", "cpu", "--epochs", "1", "--warmup-epochs", "0"]
+
+
+def tiny_vit(depth=3):
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=16, depth=depth, num_heads=4)
+
+
+def tiny_sdssl(framework, distill=True, batch_norm=True, **kwargs):
+    torch.manual_seed(0)
+    model = SDSSL(tiny_vit(), framework, distill, hidden_dim=24, out_dim=8, **kwargs)
+    if not batch_norm:  # its statistics are of one rank's images on CPU
+        for module in model.modules():
+            if isinstance(module, nn.Sequential):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.BatchNorm1d):
+                        setattr(module, name, nn.Identity())
+    return model
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backbone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_positions_follow_the_formula_and_refuse_odd_widths():
+    positions = sincos_2d(8, 2, 3)
+    for row in range(2):
+        for col in range(3):
+            for i in range(2):
+                omega = 1 / 10000 ** (i / 2)
+                expected = [math.sin(row * omega), math.cos(row * omega), math.sin(col * omega), math.cos(col * omega)]
+                assert positions[row * 3 + col, [i, 2 + i, 4 + i, 6 + i]].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError):
+        sincos_2d(6, 2, 2)
+
+
+def test_vit_computes_what_torchvisions_encoder_blocks_compute():
+    torch.manual_seed(0)
+    vit, x = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=6), torch.randn(2, 3, 32, 32)
+    patches = F.unfold(x, 8, stride=8).mT @ vit.patch_embed.proj.weight.flatten(1).T + vit.patch_embed.proj.bias
+    tokens = torch.cat([vit.cls_token.expand(2, 1, 24), patches], 1)
+    tokens = tokens + torch.cat([torch.zeros(1, 24), sincos_2d(24, 4, 4)])
+    names = dict(ln_1="norm1", ln_2="norm2", **{"self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"})
+    for block, out in zip(vit.blocks, vit(x)):
+        theirs = torchvision.models.vision_transformer.EncoderBlock(6, 24, 96, 0.0, 0.0, lambda d: nn.LayerNorm(d, eps=1e-6))
+        ours = block.state_dict()
+        for name, weight in theirs.named_parameters():
+            for their_name, our_name in names.items():
+                name = name.replace(their_name, our_name)
+            weight.data.copy_(ours.pop(name))
+        assert not ours
+        tokens = theirs(tokens)
+        torch.testing.assert_close(out, F.layer_norm(tokens[:, 0], (24,), vit.norm.weight, vit.norm.bias, 1e-6))
+
+
+def test_vit_has_timms_parameter_names_mocov3s_init_and_a_frozen_patch_projection():
+    block = [f"blocks.0.{layer}.{p}" for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2") for p in ("weight", "bias")]
+    names = ["cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", *block, "norm.weight", "norm.bias"]
+    vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=128, depth=1, num_heads=4)
+    assert sorted(vit.state_dict()) == sorted(names) and vit.pos_embed.shape == (1, 17, 128)
+    assert {n for n, p in vit.named_parameters() if not p.requires_grad} == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert vit.pos_embed[0, 0].abs().max() == 0 and 0 < vit.cls_token.abs().max() < 1e-5
+    fans = {"blocks.0.attn.qkv": 128 + 128, "blocks.0.attn.proj": 128 + 128, "blocks.0.mlp.fc1": 128 + 512, "patch_embed.proj": 3 * 64 + 128}
+    for name, fans_in_and_out in fans.items():
+        weight, bound = vit.get_parameter(name + ".weight"), (6 / fans_in_and_out) ** 0.5
+        assert 0.99 * bound < float(weight.detach().abs().max()) <= bound * (1 + 1e-6) and float(weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert vit.get_parameter(name + ".bias").abs().max() == 0
+
+
+@pytest.mark.parametrize("wrong", [dict(img_size=30), dict(num_heads=5), dict(embed_dim=18, num_heads=2)])
+def test_vit_refuses_sizes_that_do_not_divide(wrong):
+    with pytest.raises(ValueError, match="divisible"):
+        VisionTransformer(**dict(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=4) | wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads and losses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_layers, last_bn", [(3, True), (3, False), (2, True)])
+def test_mlp_is_linear_batchnorm_relu_without_biases(num_layers, last_bn):
+    torch.manual_seed(0)
+    head, x = mlp(6, 10, 4, num_layers, last_bn), torch.randn(32, 6)
+    weights = [p for p in head.parameters() if p.ndim == 2]
+    assert [tuple(w.shape) for w in weights] == [(10, 6), *[(10, 10)] * (num_layers - 2), (4, 10)]
+    assert sum(p.ndim == 1 for p in head.parameters()) == 2 * (num_layers - 1)  # affine of the hidden BatchNorms, nothing else
+    y = x
+    for i, w in enumerate(weights):
+        y = y @ w.T
+        if i < num_layers - 1 or last_bn:
+            y = (y - y.mean(0)) / (y.var(0, correction=0) + 1e-5).sqrt()
+        if i < num_layers - 1:
+            y = y.clamp(min=0)
+    torch.testing.assert_close(head(x), y)
+
+
+def naive_contrastive(q, keys, positive, tau):
+    """-log of the positive's share, one anchor (E,) against a list of keys, from Eq. 2; times 2 tau as in Algorithm 1."""
+    e = [math.exp(float(unit(q) @ unit(z)) / tau) for z in keys]
+    return -2 * tau * math.log(e[positive] / sum(e))
+
+
+def test_ctr_is_equation_2_averaged_over_layers_and_images():
+    torch.manual_seed(0)
+    q, z = torch.randn(3, 5, 8), torch.randn(5, 8)
+    naive = [[naive_contrastive(q[k, i], z, i, 0.3) for i in range(5)] for k in range(3)]
+    assert float(ctr(q, z, 0.3)) == pytest.approx(sum(map(sum, naive)) / 15, rel=1e-5)
+    assert float(ctr(q[1], z, 0.3)) == pytest.approx(sum(naive[1]) / 5, rel=1e-5)
+
+
+def test_byol_loss_is_equation_1():
+    torch.manual_seed(0)
+    q, z = torch.randn(3, 5, 8), torch.randn(5, 8)
+    naive = [[2 - 2 * float(q[k, i] @ z[i]) / float(q[k, i].norm() * z[i].norm()) for i in range(5)] for k in range(3)]
+    assert float(byol_loss(q, z)) == pytest.approx(sum(map(sum, naive)) / 15, rel=1e-5)
+    assert float(byol_loss(q[2], z)) == pytest.approx(sum(naive[2]) / 5, rel=1e-5)
+
+
+def test_nt_xent_contrasts_with_both_views_of_all_other_images():
+    torch.manual_seed(0)
+    q1, q2, z1, z2, total = *torch.randn(2, 3, 5, 8), *torch.randn(2, 5, 8), 0
+    for k in range(3):
+        for i in range(5):
+            others = [j for j in range(5) if j != i]
+            for q, same, other in ((q1, z1, z2), (q2, z2, z1)):
+                keys = [other[i], *other[others], *same[others]]
+                assert len(keys) == 1 + 2 * 5 - 2
+                total += naive_contrastive(q[k, i], keys, 0, 0.3)
+    assert float(nt_xent(q1, q2, z1, z2, 0.3)) == pytest.approx(total / 15, rel=1e-5)
+
+
+def test_indistinguishable_images_cost_the_logarithm_of_the_number_of_keys():
+    same, tau, n = torch.ones(6, 4), 0.2, 6
+    assert float(ctr(same, same, tau)) == pytest.approx(2 * tau * math.log(n), rel=1e-5)
+    assert float(nt_xent(same, same, same, same, tau)) == pytest.approx(2 * 2 * tau * math.log(2 * n - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [ctr, byol_loss, lambda q, z: nt_xent(q, q.flip(0), z, z.flip(0))])
+def test_losses_compute_in_float32_under_half_precision(loss):
+    torch.manual_seed(0)
+    q, z = torch.randn(2, 64, 256).bfloat16().unbind()
+    exact = loss(q.double().float(), z.double().float())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = loss(q, z)
+    assert half.dtype == torch.float32 and float(half) == pytest.approx(float(exact), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sd_mocov3_is_algorithm_1_to_the_letter():
+    """Layers flattened into the batch and split again, as printed in the paper; autograd must agree too."""
+    model, alpha, tau = tiny_sdssl("mocov3"), 0.3, 0.2
+    torch.manual_seed(1)
+    x1, x2 = torch.randn(2, 6, 3, 16, 16)
+    L, N = 3, 6
+
+    def flat_heads(heads, rows):
+        return torch.cat([head(rows[i * N : (i + 1) * N]) for i, head in enumerate(heads)])
+
+    def algorithms_ctr(q, z, num_layers=1):
+        logits = unit(q) @ unit(z).t()  # section 3.1: "q and z are L2-normalized"
+        labels = torch.arange(N).repeat(num_layers)
+        return 2 * tau * F.cross_entropy(logits / tau, labels)
+
+    def f_s(x):
+        return flat_heads(model.projectors, model.backbone(x).flatten(0, 1))
+
+    def f_t(x):
+        return model.teacher_projector(model.teacher(x)[-1]).detach()
+
+    def p(q):
+        return flat_heads(model.predictors, q)
+
+    q1, q2 = f_s(x1), f_s(x2)
+    z1, z2 = f_t(x1), f_t(x2)
+    loss_pred = algorithms_ctr(p(q1.detach()), z2, L)
+    loss_pred += algorithms_ctr(p(q2.detach()), z1, L)
+    q1, q2 = p(q1), p(q2)
+    q1_isd, q1 = q1.split([(L - 1) * N, N])
+    q2_isd, q2 = q2.split([(L - 1) * N, N])
+    loss_isd = algorithms_ctr(q1_isd, z2, L - 1)
+    loss_isd += algorithms_ctr(q2_isd, z1, L - 1)
+    loss = algorithms_ctr(q1, z2) + algorithms_ctr(q2, z1)
+    loss = loss + alpha * loss_isd + L * loss_pred
+
+    learning = [p for p in model.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(loss, learning)
+    ours = model(x1, x2, alpha)
+    torch.testing.assert_close(ours["loss"], loss)
+    for ours_, theirs in zip(torch.autograd.grad(ours["loss"], learning), expected):
+        torch.testing.assert_close(ours_, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_loss_is_equation_4_or_6_of_its_terms(framework):
+    model = tiny_sdssl(framework, beta=0.7)
+    terms = {k: float(v) for k, v in model(*torch.randn(2, 6, 3, 16, 16), alpha=0.3).items()}
+    assert terms["loss"] == pytest.approx(terms["ssl"] + 0.3 * terms["isd"] + 0.7 * terms["pred"], rel=1e-5)
+    assert (terms["pred"] == 0) == (framework == "simclr") and terms["isd"] > 0
+
+
+# Who learns from which term. "lower" is everything of a layer below the last, "last" the last layer's part.
+SOLE = {"backbone lower", "projector lower", "predictor lower"}
+WHO_LEARNS = {
+    ("simclr", "ssl"): {"backbone lower", "backbone last", "projector last"},
+    ("simclr", "isd"): {"backbone lower", "projector lower"},
+    ("simclr", "pred"): set(),
+    ("byol", "ssl"): {"backbone lower", "backbone last", "projector last", "predictor last"},
+    ("byol", "isd"): {"backbone lower", "projector lower", "predictor lower"},
+    ("byol", "pred"): {"predictor lower", "predictor last"},
+}
+WHO_LEARNS |= {("mocov3", term): groups for (framework, term), groups in WHO_LEARNS.items() if framework == "byol"}
+
+
+@pytest.mark.parametrize("framework, term", WHO_LEARNS)
+def test_who_learns_from_which_term(framework, term):
+    model = tiny_sdssl(framework)
+    groups = {
+        "backbone lower": model.backbone.blocks[:-1], "backbone last": model.backbone.blocks[-1],
+        "projector lower": model.projectors[:-1], "projector last": model.projectors[-1],
+    }  # fmt: skip
+    if framework != "simclr":
+        groups |= {"predictor lower": model.predictors[:-1], "predictor last": model.predictors[-1]}
+        groups |= {"teacher": model.teacher, "teacher projector": model.teacher_projector}
+    value = model(*torch.randn(2, 6, 3, 16, 16))[term]
+    if value.requires_grad:
+        value.backward()
+    learning = {name for name, group in groups.items() if any(p.grad is not None and p.grad.abs().max() > 0 for p in group.parameters())}
+    assert learning == WHO_LEARNS[framework, term]
+    assert all(p.grad is None for p in model.backbone.patch_embed.parameters()) and model.backbone.pos_embed.grad is None
+
+
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_without_distillation_it_is_the_plain_framework(framework):
+    model = tiny_sdssl(framework, distill=False)
+    x1, x2 = torch.randn(2, 6, 3, 16, 16)
+    assert len(model.projectors) == 1 and (framework == "simclr" or len(model.predictors) == 1)
+    q1, q2 = (model.projectors[0](model.backbone(x)[-1]) for x in (x1, x2))
+    if framework == "simclr":
+        expected = nt_xent(q1, q2, q1, q2)
+    else:
+        z1, z2 = (model.teacher_projector(model.teacher(x)[-1]) for x in (x1, x2))
+        one_way = byol_loss if framework == "byol" else ctr
+        expected = one_way(model.predictors[0](q1), z2) + one_way(model.predictors[0](q2), z1)
+    terms = model(x1, x2)
+    torch.testing.assert_close(terms["loss"], expected)
+    assert terms["isd"] == terms["pred"] == 0
+
+
+def test_teacher_is_the_moving_average_of_backbone_and_last_projector():
+    model = tiny_sdssl("mocov3")
+    pairs = {"teacher.": "backbone.", "teacher_projector.": f"projectors.{len(model.projectors) - 1}."}
+    before, averaged = {n: p.clone() for n, p in model.named_parameters()}, 0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p += torch.randn_like(p)
+    model.update_teacher(0.9)
+    for name, p in model.named_parameters():
+        for teacher, student in pairs.items():
+            if name.startswith(teacher):
+                torch.testing.assert_close(p, 0.9 * before[name] + 0.1 * model.get_parameter(student + name[len(teacher) :]))
+                assert not p.requires_grad
+                averaged += 1
+    assert averaged == len([*model.backbone.parameters(), *model.projectors[-1].parameters()])
+    tiny_sdssl("simclr").update_teacher(0.9)
+
+
+def test_optimiser_gets_every_learning_parameter_once_and_decays_matrices_only():
+    model = tiny_sdssl("mocov3")
+    decay, rest = sdssl.parameter_groups(model, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, spared = ({names[id(p)] for p in group["params"]} for group in (decay, rest))
+    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0 and not decayed & spared
+    assert decayed | spared == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any("patch_embed" in n or "pos_embed" in n or n.startswith("teacher") for n in decayed | spared)
+    assert all(n.endswith("bias") or "norm" in n or n.endswith("cls_token") or re.search(r"\.[14]\.weight$", n) for n in spared)
+    assert {n for n in decayed if n.startswith("backbone")} == {f"backbone.blocks.{i}.{m}.weight" for i in range(3) for m in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two processes against one
+# ---------------------------------------------------------------------------------------------------------------------
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from test_sdssl import CASES, gradients
+dist.init_process_group("gloo")
+rank, found = dist.get_rank(), {}
+for case in CASES:
+    x1, x2 = torch.load(sys.argv[1], weights_only=True)
+    found[case] = gradients(case, *(x.chunk(2)[rank] for x in (x1, x2)), ddp=True)
+torch.save(found, f"{sys.argv[2]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+CASES = [(framework, distill) for framework in sdssl.FRAMEWORKS for distill in (True, False)]
+
+
+def gradients(case, x1, x2, ddp=False):
+    model = tiny_sdssl(*case, batch_norm=False)
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
+    wrapped(x1, x2, alpha=torch.tensor(0.7))["loss"].backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def torchrun(*args, **kwargs):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, args)]
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **kwargs)
+
+
+def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path):
+    torch.manual_seed(1)
+    views = torch.randn(2, 8, 3, 16, 16)
+    torch.save(tuple(views), tmp_path / "views.pt")
+    (tmp_path / "two.py").write_text(TWO_RANKS)
+    result = torchrun(tmp_path / "two.py", tmp_path / "views.pt", tmp_path)
+    assert result.returncode == 0, result.stderr
+    of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for case in CASES:
+        for name, expected in gradients(case, *views).items():
+            for found in of_ranks:  # rank 0 alone would never show a wrong label offset
+                torch.testing.assert_close(found[case][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m: f"{case} {name}: {m}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Views
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def images(n=4, height=24, width=24):
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def column(*values):
+    return torch.tensor(values).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_color_jitter_is_torchvisions_image_by_image(order):
+    x = images()
+    x[0, :, 0, 0], x[0, :, 0, 1] = 0.5, 0.0  # grey and black have no hue
+    factors = torch.tensor([[0.6, 1.4, 1.0, 0.8], [1.3, 0.7, 1.0, 1.2], [0.8, 1.2, 1.0, 1.1], [-0.1, 0.1, 0.0, 0.05]])
+    theirs = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    ours = sdssl.color_jitter(x, *factors.view(4, -1, 1, 1, 1), order)
+    for i, expected in enumerate(x):
+        for operation in order:
+            expected = theirs[operation](expected, float(factors[operation, i]))
+        torch.testing.assert_close(ours[i], expected, atol=2e-5, rtol=0)
+
+
+def test_grayscale_and_solarize_are_torchvisions():
+    x = images()
+    torch.testing.assert_close(sdssl.grayscale(x), TF.rgb_to_grayscale(x))
+    only = dict(jitter=0.0, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=1.0, flip=0.0)
+    torch.testing.assert_close(sdssl.augment(x, only, sdssl.seeded("cpu", 0)), TF.normalize(TF.solarize(x, 0.5), sdssl.MEAN, sdssl.STD))
+
+
+def test_gaussian_blur_is_torchvisions_image_by_image():
+    x, sigmas = images(3, 20, 28), (0.1, 0.7, 2.0)
+    ours = sdssl.gaussian_blur(x, column(*sigmas), radius=6)
+    for i, sigma in enumerate(sigmas):
+        torch.testing.assert_close(ours[i], TF.gaussian_blur(x[i], 13, sigma), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [12, 24, 40])
+def test_crop_and_resize_is_torchvisions_image_by_image(size):
+    x, boxes = images(4, 30, 36), [[0, 0, 30, 36], [3, 5, 17, 9], [10, 2, 6, 30], [29, 35, 1, 1]]
+    ours = sdssl.crop_and_resize(x, torch.tensor(boxes, dtype=torch.float).T, size)
+    for i, box in enumerate(boxes):
+        torch.testing.assert_close(ours[i], TF.resized_crop(x[i], *box, [size, size], antialias=True), atol=1e-5, rtol=0)
+
+
+def test_random_boxes_follow_random_resized_crop():
+    n, height, width = 20_000, 100, 150
+    top, left, h, w = sdssl.random_boxes(n, height, width, (0.2, 1.0), sdssl.seeded("cpu", 0))
+    assert ((top >= 0) & (left >= 0) & (top + h <= height) & (left + w <= width) & (h >= 1) & (w >= 1)).all()
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = torch.tensor([torchvision.transforms.RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)]).T.float()
+    for ours_, theirs_ in zip((top, left, h, w, h * w, w / h), (*theirs, theirs[2] * theirs[3], theirs[3] / theirs[2])):
+        for q in (0.05, 0.25, 0.5, 0.75, 0.95):
+            assert float(ours_.quantile(q)) == pytest.approx(float(theirs_.quantile(q)), rel=0.03, abs=1.01)
+
+
+def test_recipe_is_byols_and_every_image_draws_its_own_numbers():
+    common = dict(jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, gray=0.2, sigma=(0.1, 2.0), flip=0.5)
+    assert sdssl.VIEWS == [common | dict(blur=1.0, solarize=0.0), common | dict(blur=0.1, solarize=0.2)]
+    off = dict(sdssl.VIEWS[0], **dict.fromkeys(("jitter", "gray", "blur", "solarize", "flip"), 0.0))
+    one, n = images(1, 16, 16), 4000
+    unchanged = sdssl.normalize(one)
+    for operation, p in dict(jitter=0.8, gray=0.2, flip=0.5, solarize=0.2, blur=0.1).items():
+        batch = sdssl.augment(one.expand(n, -1, -1, -1), off | {operation: p, "sigma": (20.0, 40.0)}, sdssl.seeded("cpu", 0))
+        changed = (batch - unchanged).abs().amax((1, 2, 3)) > 1e-4
+        assert float(changed.float().mean()) == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+        different = len(batch[changed].flatten(1).mul(1000).round().unique(dim=0))
+        assert different > 0.9 * n * p if operation in ("jitter", "blur") else different == 1
+    bright = off | dict(jitter=1.0, contrast=0.0, saturation=0.0, hue=0.0)
+    factor = sdssl.augment(torch.full((n, 3, 4, 4), 0.5), bright, sdssl.seeded("cpu", 1))[:, 0, 0, 0] * sdssl.STD[0] + sdssl.MEAN[0]
+    assert 0.3 <= factor.min() < 0.302 and 0.698 < factor.max() <= 0.7 and float(factor.mean()) == pytest.approx(0.5, abs=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: random numbers follow from (seed, epoch, image), whoever reads the image
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten pictures of each of two classes for training, four for validation, of several sizes, as image files."""
+    root = tmp_path_factory.mktemp("folder")
+    g = torch.Generator().manual_seed(0)
+    for part, n in (("train", 10), ("val", 4)):
+        for label in ("cats", "dogs"):
+            (root / part / label).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(0, 256, (3, 30 + i, 40 - i), generator=g, dtype=torch.uint8)
+                TF.to_pil_image(pixels).save(root / part / label / f"{i}.jpg")
+    return root
+
+
+def file_crops(folder, workers, batches, seed=0):
+    dataset = sdssl.TwoCrops(sdssl.open_dataset(str(folder), "pretrain"), 16, 0.2, seed)
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=sdssl.default_convert)
+    return torch.cat(list(loader), dim=1)
+
+
+def test_crops_are_the_same_for_any_number_of_workers_and_differ_by_epoch_image_and_view(folder):
+    keys = [[(0, i) for i in range(k, k + 5)] for k in range(0, 20, 5)]
+    alone = file_crops(folder, 0, keys)
+    assert torch.equal(alone, file_crops(folder, 2, keys)) and torch.equal(alone, file_crops(folder, 0, [sum(keys, [])]))
+    assert alone.shape == (2, 20, 3, 16, 16) and alone.dtype == torch.uint8
+    assert len(alone.flatten(0, 1).flatten(1).unique(dim=0)) == 40
+    for other in (file_crops(folder, 0, [[(1, i) for i in range(20)]]), file_crops(folder, 0, keys, seed=1)):
+        assert (alone != other).flatten(2).any(-1).all()
+
+
+def test_resident_crops_are_cut_as_described_and_differ_within_a_batch():
+    source = sdssl.Glyphs(8, seed=0)
+    source.data[:] = source.data[:1].clone()  # the same picture eight times: all differences come from the crops
+    dataset = sdssl.TwoCrops(source, 16, 0.2, seed=3)
+    keys = [(2, i) for i in (5, 1, 7, 0)]
+    crops = dataset.__getitems__(keys)
+    assert torch.equal(crops, dataset.__getitems__(keys)) and len(crops.flatten(0, 1).flatten(1).unique(dim=0)) == 8
+    generator = sdssl.seeded("cpu", 3, 2, 5)
+    for view in crops:
+        for i, box in enumerate(sdssl.random_boxes(4, 32, 32, (0.2, 1.0), generator).int().T.tolist()):
+            torch.testing.assert_close(view[i], TF.resized_crop(source.data[0] / 255, *box, [16, 16], antialias=True), atol=1e-5, rtol=0)
+    assert (crops != dataset.__getitems__([(3, i) for i in (5, 1, 7, 0)])).flatten(2).any(-1).all()
+
+
+def test_ranks_and_epochs_divide_the_images_and_a_later_start_sees_the_same_batches():
+    def batches(rank, first):
+        sampler = torch.utils.data.DistributedSampler(range(10), 2, rank, seed=5, drop_last=True)
+        return list(sdssl.Batches(sampler, 2, 2, first, 6))
+
+    for rank in (0, 1):
+        assert batches(rank, 3) == batches(rank, 0)[3:]
+    flat = [[sum(batches(rank, 0)[e * 2 : e * 2 + 2], []) for rank in (0, 1)] for e in range(3)]
+    for epoch, (mine, yours) in enumerate(flat):
+        assert {e for e, _ in mine + yours} == {epoch} and len(set(mine + yours)) == 8
+    assert len({tuple(i for _, i in mine) for mine, _ in flat}) == 3  # every epoch has an order of its own
+
+
+def test_glyphs_are_the_same_for_everyone_and_balanced():
+    a, b, val = sdssl.Glyphs(200, seed=0), sdssl.Glyphs(200, seed=0), sdssl.Glyphs(200, seed=1)
+    assert torch.equal(a.data, b.data) and not (a.data == val.data).flatten(1).all(1).any()
+    assert [a.targets.count(c) for c in range(10)] == [20] * 10
+
+
+def test_centre_crops_leave_images_of_the_right_size_alone(folder):
+    glyphs = sdssl.Glyphs(3, seed=0)
+    assert torch.equal(sdssl.CentreCrops(glyphs, 32)[1][0], glyphs.data[1])
+    image, label = sdssl.CentreCrops(sdssl.open_dataset(str(folder), "val"), 14)[7]
+    source = torchvision.datasets.ImageFolder(folder / "val")[7][0]
+    assert label == 1 and torch.equal(image, TF.pil_to_tensor(TF.center_crop(TF.resize(source, 16), 14)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# k-NN, schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_knn_scores_are_dinos_weighted_votes():
+    torch.manual_seed(0)
+    train, labels, test = torch.randn(30, 4), torch.arange(30) % 3, torch.randn(5, 4)
+    scores = knn_scores(train, labels, test, 3, k=7, temperature=0.1)
+    for m in range(5):
+        by_similarity = sorted(((float(unit(test[m]) @ unit(train[n])), int(labels[n])) for n in range(30)), reverse=True)
+        naive = [sum(math.exp(s / 0.1) for s, c in by_similarity[:7] if c == label) for label in range(3)]
+        assert scores[m].tolist() == pytest.approx(naive, rel=1e-4)
+    with pytest.raises(ValueError, match="at least as many"):
+        knn_scores(train, labels, test, 3, k=31)
+
+
+def test_knn_chunks_do_not_change_the_votes():
+    torch.manual_seed(0)
+    train, labels, test = torch.randn(2**20, 2), torch.randint(0, 7, (2**20,)), torch.randn(300, 2)  # 128 queries a chunk
+    together = knn_scores(train, labels, test, 7)
+    torch.testing.assert_close(together[200:201], knn_scores(train, labels, test[200:201], 7))
+
+
+def test_schedules_at_their_ends_and_middle():
+    assert [sdssl.cosine(0, 1, t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.5 - 0.5**0.5 / 2, 0.5, 1])
+    assert [sdssl.cosine(0.996, 1, t) for t in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1])
+    lr = [sdssl.learning_rate(step, 100, 20, 3.0) for step in range(101)]
+    assert lr[:20] == pytest.approx([3 * (i + 1) / 20 for i in range(20)])
+    assert [lr[20], lr[60], lr[100]] == pytest.approx([3, 1.5, 0]) and lr[20:] == sorted(lr[20:], reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real thing: command lines, checkpoints, resume, bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(tmp_path, *flags):
+    """A tiny training run in this process; returns its newest checkpoint."""
+    sdssl.main([*TINY, "--out", str(tmp_path / "run"), *flags])
+    return max(tmp_path.glob("run*/last.pt"), key=os.path.getmtime)
+
+
+def log_of(checkpoint):
+    return [json.loads(line) for line in checkpoint.with_name("log.jsonl").read_text().splitlines()]
+
+
+def test_training_ends_with_the_table_of_all_layers_and_eval_knn_agrees(tmp_path, capsys):
+    checkpoint = run(tmp_path, "--max-steps", "3", "--log-every", "1")
+    table = capsys.readouterr()
+    rows = re.findall(r"^ +(\d)  +([\d.]+)  +([\d.]+)  █+$", table.out + table.err, re.M)
+    assert [int(layer) for layer, _, _ in rows] == [1, 2, 3, 4, 5, 6]
+    *steps, last = log_of(checkpoint)
+    assert [s["step"] for s in steps] == [1, 2, 3] and last["knn"] == [pytest.approx([float(a), float(b)], abs=0.051) for _, a, b in rows]
+    expected = {"step", "epoch", "lr", "alpha", "m", "loss", "ssl", "isd", "pred", "spread", "grad_norm", "images_per_s", "data_wait", "peak_memory_gib"}
+    assert all(expected == s.keys() and all(math.isfinite(v) for v in s.values()) for s in steps)
+    eval_knn.main([str(checkpoint)])
+    found = json.loads(checkpoint.with_name("knn.json").read_text())["toy"]
+    torch.testing.assert_close(torch.tensor([found["top1"], found["top5"]]).T, torch.tensor(last["knn"]))
+    assert TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(checkpoint.with_name("views.png"))).float().std() > 20
+
+
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_checkpoint_is_plain_and_gives_the_trained_backbone_back(framework, tmp_path, monkeypatch):
+    models = []
+    monkeypatch.setattr(sdssl, "SDSSL", lambda *args: models.append(SDSSL(*args)) or models[0])
+    path = run(tmp_path, "--framework", framework, "--max-steps", "2", "--knn-every", "0")
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["architecture"]["num_heads"] == 4 and checkpoint["config"]["framework"] == framework
+    x, model = torch.randn(2, 3, 32, 32), models[0].eval()
+    for which in ("teacher", "student"):
+        trained = model.teacher if which == "teacher" and framework != "simclr" else model.backbone
+        assert torch.equal(load_backbone(path, which)(x), trained(x)) and not load_backbone(path).training
+    checkpoint["backbone"].pop("norm.bias")
+    torch.save(checkpoint, tmp_path / "short.pt")
+    with pytest.raises((RuntimeError, ValueError), match="norm.bias"):
+        load_backbone(tmp_path / "short.pt")
+
+
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_resumed_run_ends_with_the_same_weights_bit_for_bit(framework, tmp_path, monkeypatch):
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sdssl.Glyphs(96, seed=0))
+    flags = ["--framework", framework, "--knn-every", "0", "--epochs", "3", "--batch-size", "32"]
+    whole = torch.load(run(tmp_path / "whole", *flags), weights_only=True)
+    run(tmp_path / "parts", *flags, "--max-steps", "4")  # in the middle of the second epoch
+    resumed = torch.load(run(tmp_path / "parts", *flags, "--resume"), weights_only=True)
+    assert resumed["step"] == whole["step"] == 9
+    assert whole["model"].keys() == resumed["model"].keys()
+    assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
+
+
+def test_running_twice_keeps_the_first_run(tmp_path):
+    first = run(tmp_path, "--max-steps", "1", "--knn-every", "0")
+    before = {p.name: p.read_bytes() for p in first.parent.iterdir()}
+    second = run(tmp_path, "--max-steps", "1", "--knn-every", "0")
+    assert second.parent.name == "run-2" and before == {p.name: p.read_bytes() for p in first.parent.iterdir()}
+
+
+def test_torchrun_with_two_ranks_trains_and_evaluates_like_one(tmp_path, folder):
+    flags = [*TINY, "--framework", "simclr", "--data", folder, "--preset", "toy", "--batch-size", 10, "--workers", 1, "--epochs", 2, "--knn-every", 2, "--out", tmp_path / "run"]
+    result = torchrun(HERE / "sdssl.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    checkpoint = tmp_path / "run" / "last.pt"
+    assert [line["step"] for line in log_of(checkpoint)] == [1, 4] and result.stderr.count("k-NN accuracy of every layer") <= 1
+    eval_knn.main([str(checkpoint), "--workers", "0"])
+    alone = json.loads(checkpoint.with_name("knn.json").read_text())[str(folder)]
+    assert [a for a, _ in log_of(checkpoint)[-1]["knn"]] == pytest.approx(alone["top1"])
+
+
+def complaint(main, capsys, *argv):
+    """What is printed for bad input: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+BAD = {  # command line -> what the one line must say
+    "--framework dino": "simclr", "--nonsense 1": "--nonsense", "--arch vit_huge": "vit_small", "--preset big": "toy, cifar10, imagenet",
+    "--data nowhere": "nowhere", "--data {empty}": "class", "--data {classless}": "class", "--batch-size 5000": "4096",
+    "--patch-size 7": "divisible", "--tau nan": "--tau", "--lr -1": "--lr", "--alpha inf": "--alpha", "--epochs 0": "--epochs",
+    "--epochs 1.5": "--epochs", "--batch-size many": "--batch-size", "--warmup-epochs 100": "--epochs", "--seed": "--seed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classless" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "train" / "cats").mkdir(parents=True)
+    flags_ = flags.format(empty=tmp_path / "empty", classless=tmp_path / "classless").split()
+    assert BAD[flags] in complaint(sdssl.main, capsys, *flags_, *([] if "--data" in flags else ["--preset", "toy"] * ("--preset" not in flags)))
+    assert {p.name for p in tmp_path.iterdir()} == {"classless", "empty"}
+
+
+def test_bad_input_that_depends_on_the_machine(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "3 ranks" in complaint(sdssl.main, capsys, "--batch-size", 64)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cpu" in complaint(sdssl.main, capsys, "--device", "cuda")
+
+    def no_network(part):
+        raise OSError("no network")
+
+    monkeypatch.setitem(sdssl.TORCHVISION, "cifar10", no_network)
+    assert str(pathlib.Path(sdssl.ROOT).resolve()) in complaint(sdssl.main, capsys, "--data", "cifar10")
+    monkeypatch.setitem(sdssl.ARCHS, "vit_toy", dict(embed_dim=64, depth=6, num_heads=5))
+    assert "5 heads" in complaint(sdssl.main, capsys)
+
+
+def test_bad_checkpoints_are_one_line(tmp_path, capsys):
+    good = run(tmp_path, "--max-steps", "1", "--knn-every", "0")
+    cut, foreign = tmp_path / "cut.pt", tmp_path / "foreign.pt"
+    cut.write_bytes(good.read_bytes()[:5000])
+    torch.save(dict(state_dict={}), foreign)
+    capsys.readouterr()
+    for path, word in ((tmp_path / "none.pt", "no checkpoint"), (cut, "cannot read"), (foreign, "not a checkpoint")):
+        assert word in complaint(eval_knn.main, capsys, path)
+    assert "4096" in complaint(eval_knn.main, capsys, good, "--k", 5000)
+    assert "--tau is 0.2 there, 0.3 here" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "run", "--tau", 0.3, "--resume")
+
+
+def test_default_then_preset_then_flag():
+    paper = sdssl.parse_config(["--data", "/imagenet"])
+    assert (paper.preset, paper.lr, paper.batch_size, paper.epochs, paper.warmup_epochs) == ("imagenet", 1.5e-4, 1024, 300, 40)
+    assert (paper.weight_decay, paper.tau, paper.m0, paper.alpha, paper.beta, paper.min_crop) == (0.1, 0.2, 0.996, 1, 1, 0.08)
+    assert (paper.arch, paper.patch_size, paper.hidden_dim, paper.out_dim) == ("vit_small", 16, 4096, 256)
+    assert sdssl.parse_config(["--data", "/imagenet", "--framework", "simclr"]).lr == 1.3e-4
+    assert sdssl.parse_config(["--data", "/imagenet", "--framework", "simclr", "--lr", "1e-3"]).lr == 1e-3
+    assert sdssl.parse_config(["--data", "cifar100"]).img_size == 32 and sdssl.parse_config([]).arch == "vit_toy"
+    assert sdssl.parse_config(["--data", "/x", "--preset", "toy"]).arch == "vit_toy" and not sdssl.parse_config(["--no-distill"]).distill
+
+
+def test_every_field_of_the_configuration_is_read():
+    source = (HERE / "sdssl.py").read_text()
+    unread = [f.name for f in dataclasses.fields(sdssl.Config) if not re.search(rf"config\.{f.name}\b", source)]
+    assert unread == ["preset"]  # already spent when the configuration is complete
+
+
+def test_public_functions_have_docstrings():
+    for name in ("sdssl.py", "eval_knn.py"):
+        for node in ast.parse((HERE / name).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}: {node.name}"
