@@ -21,7 +21,7 @@ def evaluate(argv=None):
     parser = sdssl.Parser("eval_knn.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="last.pt of a run, or `random`: untrained, built from sdssl.py's flags (--arch, --preset, --seed, ...)")
     parser.add_argument("--data", help="as in sdssl.py; default: what the checkpoint was trained on")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="network to evaluate (SimCLR has one only)")
+    parser.add_argument("--which", choices=("teacher", "student", "peer"), default="teacher", help="network to evaluate (SimCLR has one only)")
     parser.add_argument("--k", type=int, default=20, help="neighbours that vote")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
     parser.add_argument("--workers", type=int, default=2, help="processes that read image files")
@@ -34,7 +34,7 @@ def evaluate(argv=None):
     if args.checkpoint == "random":
         config = sdssl.parse_config(flags + (["--data", args.data] if args.data else []))
         torch.manual_seed(config.seed)
-        backbone, data, size = sdssl.VisionTransformer(**sdssl.architecture(config)).to(device), config.data, config.img_size
+        backbone, data, size = sdssl.build_backbone(sdssl.architecture(config, config.arch)).to(device), config.data, config.img_size
     elif flags:
         raise sdssl.UserError(f"unrecognized arguments: {' '.join(flags)}")
     else:

@@ -133,6 +133,30 @@ class VisionTransformer(nn.Module):
         return self.norm(torch.stack(cls))  # (L, B, D)
 
 
+class ResNet(nn.Module):
+    """torchvision's resnet18, resnet50, ... for section 4.6: (B, 3, H, W) -> the four stages, average-pooled, 4 x (B, D_l).
+
+    Images of 64 pixels and less get the small stem: a 3x3 convolution, no pooling. torchvision's parameter names, without fc.
+    """
+
+    def __init__(self, name="resnet50", img_size=224):
+        super().__init__()
+        net = getattr(torchvision.models, name)(zero_init_residual=True)
+        if img_size <= 64:
+            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        self.widths = [width * net.layer1[0].expansion for width in (64, 128, 256, 512)]
+        for name, module in net.named_children():
+            if name != "fc":
+                self.add_module(name, module)
+
+    def forward(self, x):
+        x, pooled = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            pooled.append(x.mean((2, 3)))
+        return pooled
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Heads
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,8 +166,9 @@ def mlp(in_dim, hidden_dim, out_dim, num_layers, last_bn=True):
     """A projector (3 layers) or predictor (2), (B, in_dim) -> (B, out_dim), as in MoCo v3 and section 4.1 of the paper.
 
     No biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no affine part, and BYOL goes without it (last_bn=False).
+    With 0 layers x goes through unchanged.
     """
-    widths = [in_dim] + [hidden_dim] * (num_layers - 1) + [out_dim]
+    widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim][: num_layers + 1]
     layers = []
     for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
         layers.append(nn.Linear(fan_in, fan_out, bias=False))
@@ -252,24 +277,32 @@ class SDSSL(nn.Module):
 
     backbone: a module with `widths` (one per layer) whose forward returns the layers' representations, as VisionTransformer's.
     framework: one of FRAMEWORKS. hidden_dim: of the last projector and all predictors, half of it in the other projectors.
-    out_dim: E. tau: temperature. beta: weight of the predictor loss. Raises ValueError for an unknown framework.
+    out_dim: E. tau: temperature. beta: weight of the predictor loss. For Table 6: every: distil each `every`-th layer only,
+    counted from the last; mid_layers: of the intermediate projectors, 0: the predictor takes the representation itself.
+    Raises ValueError for an unknown framework and for what cannot be built.
     Attributes: backbone, projectors, predictors, teacher, teacher_projector; SimCLR has None for the last three.
     """
 
-    def __init__(self, backbone, framework="mocov3", distill=True, hidden_dim=4096, out_dim=256, tau=0.2, beta=1.0):
+    def __init__(self, backbone, framework="mocov3", distill=True, hidden_dim=4096, out_dim=256, tau=0.2, beta=1.0, every=1, mid_layers=3):
         super().__init__()
+        L = len(backbone.widths)
         if framework not in FRAMEWORKS:
             raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {framework!r}")
+        if distill and not 1 <= every < L:
+            raise ValueError(f"of {L} layers, every 1st to {L - 1}-th can be distilled, not every {every}-th")
+        if framework == "simclr" and distill and mid_layers == 0:
+            raise ValueError("SimCLR has no predictor: its intermediate projectors need at least one layer to reach the width of z")
         self.framework, self.distill, self.tau, self.beta = framework, distill, tau, beta
-        self.layers = slice(0 if distill else len(backbone.widths) - 1, None)  # the layers that have heads
+        self.layers = slice((L - 1) % every, None, every) if distill else slice(L - 1, None)  # K layers with heads, the last included
         *lower, last = backbone.widths[self.layers]
         last_bn = framework != "byol"
         self.backbone = backbone
-        self.projectors = nn.ModuleList([mlp(dim, hidden_dim // 2, out_dim, 3, last_bn) for dim in lower])
+        self.projectors = nn.ModuleList(mlp(width, hidden_dim // 2, out_dim, mid_layers, last_bn) for width in lower)
         self.projectors.append(mlp(last, hidden_dim, out_dim, 3, last_bn))
         self.predictors = self.teacher = self.teacher_projector = None
         if framework != "simclr":
-            self.predictors = nn.ModuleList(mlp(out_dim, hidden_dim, out_dim, 2, last_bn) for _ in self.projectors)
+            h_widths = [out_dim if mid_layers else width for width in lower] + [out_dim]
+            self.predictors = nn.ModuleList(mlp(width, hidden_dim, out_dim, 2, last_bn) for width in h_widths)
             self.teacher = copy.deepcopy(backbone).requires_grad_(False)  # f_t: one teacher, the last projector only
             self.teacher_projector = copy.deepcopy(self.projectors[-1]).requires_grad_(False)
 
@@ -296,14 +329,18 @@ class SDSSL(nn.Module):
         alpha weighs the self-distillation. spread, of the final representation, is 1 on a uniformly filled sphere and 0 when
         all images have become one point: collapse (the measure of SimSiam, Chen & He 2021, Figure 2).
         """
+        return self.objective(x1, x2, alpha)[0]
+
+    def objective(self, x1, x2, alpha):
+        """Algorithm 1. Returns forward's dict, and the last projections of both views, each (B, E)."""
         r1, r2 = self.backbone(x1)[self.layers], self.backbone(x2)[self.layers]  # K x (B, D)
         q1, q2 = each(self.projectors, r1), each(self.projectors, r2)  # f_s = projectors o backbone; K x (B, E)
-        K = len(q1)
+        h1, h2, K = q1[-1], q2[-1], len(q1)
         loss_pred = loss_isd = torch.zeros((), device=x1.device)
 
         if self.teacher is None:  # SimCLR: no predictor, and the student's own last projection is the target
             q1, q2 = torch.stack(q1), torch.stack(q2)
-            z1, z2 = q1[-1], q2[-1]
+            z1, z2 = h1, h2
         else:
             z1, z2 = self.f_t(x1), self.f_t(x2)
             if self.distill:  # Eq. 5 sums over layers, L_ssl averages: hence K. sg(h) lets nothing but predictors learn
@@ -316,12 +353,12 @@ class SDSSL(nn.Module):
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
 
         spread = F.normalize(r1[-1].detach().float(), dim=-1).std(0).mean() * r1[-1].shape[-1] ** 0.5
-        return dict(loss=loss, ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread)
+        return dict(loss=loss, ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread), (h1, h2)
 
     @property
-    def evaluated(self):
-        """The backbone that is used after training: the teacher; SimCLR's only one."""
-        return self.backbone if self.teacher is None else self.teacher
+    def trained(self):
+        """What is kept and evaluated, by name: the teacher's backbone; SimCLR's only one."""
+        return dict(backbone=self.backbone if self.teacher is None else self.teacher)
 
     @torch.no_grad()
     def update_teacher(self, m):
@@ -330,6 +367,46 @@ class SDSSL(nn.Module):
             student = [*self.backbone.parameters(), *self.projectors[-1].parameters()]
             teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
             torch._foreach_lerp_(teacher, student, 1 - m)
+
+
+def mutual_kl(h1, h2, peer_h1, peer_h2, tau=0.1):
+    """Distill-on-the-Go: KL(peer's rows || own rows), mean over images; the peer's side is detached.
+
+    A row is the softmax over tau of the cosine similarities of an image's view 1 with view 2 of all images, on all ranks.
+    h1, h2: own projections (B, E); peer_h1, peer_h2: the peer's (B, E').
+    """
+    own = (similarity(h1, gather(h2)) / tau).log_softmax(-1)
+    peer = (similarity(peer_h1, gather(peer_h2)) / tau).log_softmax(-1).detach()
+    return F.kl_div(own, peer, log_target=True, reduction="batchmean")
+
+
+class DoGo(nn.Module):
+    """Distill-on-the-Go (CVPRW 2021): two SDSSL models side by side, each with its own loss plus mutual_kl towards the other.
+
+    It has SDSSL's interface, so the training loop does not know. Terms of the second model come with the prefix peer_.
+    """
+
+    def __init__(self, model, peer):
+        super().__init__()
+        self.model, self.peer = model, peer
+
+    def forward(self, x1, x2, alpha=1.0):
+        """Two views (B, 3, H, W) -> dict of scalars: `loss`, both models' terms, and `kl`, `peer_kl`."""
+        terms, h = self.model.objective(x1, x2, alpha)
+        peer_terms, peer_h = self.peer.objective(x1, x2, alpha)
+        kl, peer_kl = mutual_kl(*h, *peer_h), mutual_kl(*peer_h, *h)
+        terms["loss"] = terms["loss"] + kl + peer_terms.pop("loss") + peer_kl
+        return terms | dict(kl=kl, peer_kl=peer_kl) | {f"peer_{name}": value for name, value in peer_terms.items()}
+
+    @property
+    def trained(self):
+        """What is kept and evaluated, by name: `backbone` and `peer`."""
+        return self.model.trained | dict(peer=self.peer.trained["backbone"])
+
+    def update_teacher(self, m):
+        """Both teachers'."""
+        self.model.update_teacher(m)
+        self.peer.update_teacher(m)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Views: crops come with the data (below); everything else runs on the batch, on its device, with own numbers per image
@@ -471,7 +548,7 @@ class Glyphs:
     data: uint8 (n, 3, 32, 32). targets: list of class numbers.
     """
 
-    classes = ["disc", "ring", "square", "frame", "triangle", "cross", "bar", "star", "crescent", "corner"]
+    classes = ["disc", "ring", "target", "triangle", "cross", "bar", "dots", "stripes", "checker", "arc"]
 
     def __init__(self, n, seed):
         g = seeded("cpu", "glyphs", seed)
@@ -481,25 +558,25 @@ class Glyphs:
 
         labels = torch.arange(n) % len(self.classes)
         axis = (torch.arange(32) + 0.5) / 16 - 1  # -1 .. 1 across the image
-        size, turn = u(0.4, 0.8), u(0, 2 * math.pi)
-        y, x = axis[:, None] - u(-0.3, 0.3), axis - u(-0.3, 0.3)
+        size, turn = u(0.35, 0.75), u(0, 2 * math.pi)
+        y, x = axis[:, None] - u(-0.35, 0.35), axis - u(-0.35, 0.35)
         x, y = (x * turn.cos() + y * turn.sin()) / size, (y * turn.cos() - x * turn.sin()) / size  # the glyph's own axes, (n, 32, 32)
-        r, angle, ax, ay = (x**2 + y**2).sqrt(), torch.atan2(y, x), x.abs(), y.abs()
+        r, ax, ay = (x**2 + y**2).sqrt(), x.abs(), y.abs()
         square = torch.maximum(ax, ay)
         outside = torch.stack([  # roughly the distance from the shape's edge, negative inside
             r - 0.85,
             (r - 0.75).abs() - 0.2,
-            square - 0.8,
-            (square - 0.7).abs() - 0.17,
+            torch.minimum((r - 0.85).abs() - 0.13, r - 0.35),
             torch.maximum(-y, ax * 0.866 + y * 0.5) - 0.5,
             torch.minimum(torch.maximum(ax - 0.25, ay - 0.95), torch.maximum(ay - 0.25, ax - 0.95)),
             torch.maximum(ax - 1.05, ay - 0.25),
-            r * (1 + 0.4 * (5 * angle).cos()) - 0.65,
-            torch.maximum(r - 0.95, 0.7 - ((x - 0.45) ** 2 + y**2).sqrt()),
-            torch.maximum(square - 0.85, torch.minimum(0.35 - x, 0.35 - y)),
+            ((ax - 0.6) ** 2 + y**2).sqrt() - 0.38,
+            torch.maximum(square - 0.9, ((ay - 0.35).abs() - 0.35).abs() - 0.18),
+            torch.maximum(square - 0.85, -(x * y).sign() * torch.minimum(ax, ay)),
+            torch.maximum((r - 0.75).abs() - 0.2, y),
         ], dim=1)[torch.arange(n), labels]  # fmt: skip
         ink = torch.sigmoid(-outside * size * 32)[:, None]  # an edge about a pixel wide; (n, 1, 32, 32)
-        pixels = 0.1 + ink * (u(0.4, 1.0)[:, None] - 0.1) + 0.06 * torch.randn(n, 3, 32, 32, generator=g)
+        pixels = 0.1 + ink * (u(0.4, 1.0)[:, None] - 0.1) + 0.08 * torch.randn(n, 3, 32, 32, generator=g)
         self.data, self.targets = (pixels.clamp(0, 1) * 255).round().to(torch.uint8), labels.tolist()
 
     def __len__(self):
@@ -702,7 +779,14 @@ ARCHS = {
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=12),  # 12 heads as in MoCo v3; DINO and DeiT have 6
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+    "resnet18": dict(name="resnet18"),
+    "resnet50": dict(name="resnet50"),
 }
+
+
+def build_backbone(architecture):
+    """The backbone of its keyword arguments, as they stand in a checkpoint."""
+    return (ResNet if "name" in architecture else VisionTransformer)(**architecture)
 
 
 def save_checkpoint(folder, config, model, optimizer, step):
@@ -711,8 +795,8 @@ def save_checkpoint(folder, config, model, optimizer, step):
     Written beside and renamed, so that last.pt is whole at any moment; the one before stays as previous.pt.
     """
     new, last = folder / "last.new", folder / "last.pt"
-    torch.save(dict(
-        backbone=model.evaluated.state_dict(), architecture=architecture(config), config=dataclasses.asdict(config),
+    torch.save({name: net.state_dict() for name, net in model.trained.items()} | dict(
+        architecture=architecture(config, config.arch), peer_architecture=architecture(config, config.peer), config=dataclasses.asdict(config),
         model=model.state_dict(), optimizer=optimizer.state_dict(), step=step), new)  # fmt: skip
     if last.exists():
         os.replace(last, folder / "previous.pt")
@@ -735,13 +819,19 @@ def load_checkpoint(path):
 def load_backbone(path, which="teacher", device="cpu"):
     """The trained backbone in eval mode, rebuilt from the checkpoint alone; every weight must fit.
 
-    which: "teacher" (for SimCLR, which has none, its only network) or "student". Raises UserError for a foreign file.
+    which: "teacher" (for SimCLR, which has none, its only network), "student", or "peer" of Distill-on-the-Go.
+    Raises UserError for a foreign file.
     """
     checkpoint = load_checkpoint(path)
-    backbone, weights = VisionTransformer(**checkpoint["architecture"]), checkpoint["backbone"]
+    architecture, weights = checkpoint["architecture"], checkpoint["backbone"]
     if which == "student":
-        prefix = "backbone."
+        prefix = "model.backbone." if "peer" in checkpoint else "backbone."
         weights = {name[len(prefix) :]: w for name, w in checkpoint["model"].items() if name.startswith(prefix)}
+    if which == "peer":
+        if "peer" not in checkpoint:
+            raise UserError(f"{path} was trained without --peer")
+        architecture, weights = checkpoint["peer_architecture"], checkpoint["peer"]
+    backbone = build_backbone(architecture)
     backbone.load_state_dict(weights)
     return backbone.to(device).eval()
 
@@ -765,8 +855,12 @@ class Config:
     data: str = opt("toy", f"toy, {', '.join(TORCHVISION)}, or a folder with train/<class>/ and val/<class>/")
     preset: str = opt("", "toy, cifar10 or imagenet; follows from --data")
     # the method
-    alpha: float = opt(1.0, "weight of the intermediate self-distillation at the end of training; cosine from 0", 0, 100)
+    alpha: float = opt(1.0, "weight of the intermediate self-distillation, at the end of training", 0, 100)
+    anneal: bool = opt(True, "let alpha rise from 0 on half a cosine; without it, alpha is constant")
     beta: float = opt(1.0, "weight of the predictor loss", 0, 100)
+    every: int = opt(1, "distil each n-th layer only, counted from the last", 1)
+    mid_layers: int = opt(3, "layers of the intermediate projectors; 0: the predictor takes the representation itself", 0, 10)
+    peer: str = opt("none", "backbone of a second network, trained beside the first: Distill-on-the-Go", choices=("none", *ARCHS))
     tau: float = opt(0.2, "temperature of the contrastive loss", 1e-3, 100)
     m0: float = opt(0.996, "teacher's momentum at the start; cosine to 1", 0, 1)
     # the model
@@ -797,7 +891,7 @@ class Config:
 
 PRESETS = {
     "toy": dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=24, warmup_epochs=2, batch_size=256,
-                lr=2e-3, weight_decay=0.05, m0=0.95, min_crop=0.3, knn_every=6),
+                lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5, knn_every=8),  # few steps need a fast teacher
     "cifar10": dict(arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048, epochs=200, warmup_epochs=10, batch_size=512,
                     lr=5e-4, weight_decay=0.1, m0=0.99, min_crop=0.2, knn_every=10),
     "imagenet": dict(),  # the paper's ViT-S/16, section 4.1: the defaults above
@@ -858,14 +952,25 @@ def check(config):
         raise UserError(f"argument --batch-size: {config.batch_size} is not divisible by {os.environ['WORLD_SIZE']} ranks")
     try:
         with torch.device("meta"):
-            VisionTransformer(**architecture(config))
+            build_model(config)
     except ValueError as error:
-        raise UserError(f"argument --img-size, --patch-size: {error}") from None
+        raise UserError(f"these settings do not go together: {error}") from None
 
 
-def architecture(config):
-    """Keyword arguments of the backbone; stored with every checkpoint."""
-    return dict(img_size=config.img_size, patch_size=config.patch_size, **ARCHS[config.arch])
+def architecture(config, arch):
+    """Keyword arguments of the backbone `arch`, stored with every checkpoint; None for "none"."""
+    patch = dict(patch_size=config.patch_size) if arch.startswith("vit") else {}
+    return None if arch == "none" else dict(img_size=config.img_size, **patch, **ARCHS[arch])
+
+
+def build_model(config):
+    """SDSSL around the configuration's backbone; with a peer, DoGo around two of them."""
+    models = [
+        SDSSL(build_backbone(architecture(config, arch)), config.framework, config.distill, config.hidden_dim, config.out_dim,
+              config.tau, config.beta, config.every, config.mid_layers)
+        for arch in (config.arch, config.peer) if arch != "none"
+    ]  # fmt: skip
+    return DoGo(*models) if len(models) == 2 else models[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -982,9 +1087,7 @@ def train(config):
     last = min(total, config.max_steps or total)
 
     torch.manual_seed(config.seed)  # the same weights on all ranks; every later random number has a key of its own
-    backbone = VisionTransformer(**architecture(config))
-    model = SDSSL(backbone, config.framework, config.distill, config.hidden_dim, config.out_dim, config.tau, config.beta)
-    model.to(device)
+    model = build_model(config).to(device)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on CPU, BatchNorm sees the images of its rank only
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
@@ -1022,7 +1125,8 @@ def train(config):
         waited = time.perf_counter() - start
 
         lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
-        alpha, m = cosine(0, config.alpha, step / total), cosine(config.m0, 1, step / total)
+        alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
+        m = cosine(config.m0, 1, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -1043,11 +1147,12 @@ def train(config):
             if rank() == 0:
                 save_checkpoint(folder, config, model, optimizer, step + 1)
             if config.knn_every and (epoch % config.knn_every == 0 or step + 1 == last):
-                accuracies = knn(model.evaluated, knn_train, knn_val, device, workers=workers)
+                for name, backbone in model.trained.items():
+                    accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
+                    log.write(dict(step=step + 1, epoch=epoch, network=name, knn=accuracies.tolist()))
+                    if rank() == 0:
+                        tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
                 model.train()
-                log.write(dict(step=step + 1, epoch=epoch, knn=accuracies.tolist()))
-                if rank() == 0:
-                    tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer (%), epoch {epoch:g}"))
     bar.close()
 
 

@@ -312,6 +312,81 @@ def test_optimiser_gets_every_learning_parameter_once_and_decays_matrices_only()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ablations, ResNet, Distill-on-the-Go
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every, layers", [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [1, 4]), (4, [0, 4])])
+@pytest.mark.parametrize("mid_layers", [3, 2, 0])
+def test_every_nth_layer_is_distilled_through_so_many_projector_layers(every, layers, mid_layers):
+    torch.manual_seed(0)
+    model = SDSSL(tiny_vit(depth=5), "byol", True, 24, 8, every=every, mid_layers=mid_layers)
+    assert [sum(isinstance(m, nn.Linear) for m in head) for head in model.projectors] == [mid_layers] * (len(layers) - 1) + [3]
+    x1, x2 = torch.randn(2, 6, 3, 16, 16)
+    with torch.no_grad():
+        z1, z2 = (model.teacher_projector(model.teacher(x)[-1]) for x in (x1, x2))
+        isd, pred = [], []
+        for head, (layer, projector) in enumerate(zip(layers, model.projectors)):
+            q1, q2 = (model.predictors[head](projector(model.backbone(x)[layer])) for x in (x1, x2))
+            pred.append(byol_loss(q1, z2) + byol_loss(q2, z1))
+            isd = pred[:-1]
+        terms = model(x1, x2, alpha=0.4)
+    assert float(terms["ssl"]) == pytest.approx(float(pred[-1]), rel=1e-5)
+    assert float(terms["isd"]) == pytest.approx(float(sum(isd)) / len(isd), rel=1e-5)
+    assert float(terms["pred"]) == pytest.approx(float(sum(pred)), rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [dict(framework="dino"), dict(every=3), dict(every=0), dict(framework="simclr", mid_layers=0)])
+def test_sdssl_refuses_what_cannot_be_built(wrong):
+    with pytest.raises(ValueError):
+        SDSSL(tiny_vit(depth=3), **dict(hidden_dim=24, out_dim=8) | wrong)
+
+
+@pytest.mark.parametrize("name, size", [("resnet18", 64), ("resnet18", 72), ("resnet50", 72)])
+def test_resnet_gives_the_average_of_torchvisions_stages(name, size):
+    torch.manual_seed(0)
+    ours, theirs, stages = sdssl.ResNet(name, size), getattr(torchvision.models, name)(), []
+    if size == 64:
+        theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Sequential()
+    missing = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert missing.missing_keys == ["fc.weight", "fc.bias"] and not missing.unexpected_keys
+    for i in range(1, 5):
+        theirs.get_submodule(f"layer{i}").register_forward_hook(lambda module, inputs, output: stages.append(output))
+    x = torch.randn(2, 3, size, size)
+    theirs.eval()(x)
+    found = ours.eval()(x)
+    assert [r.shape[1] for r in found] == ours.widths and len(stages) == 4 and stages[0].shape[-1] == (64 if size == 64 else 18)
+    for r, stage in zip(found, stages):
+        torch.testing.assert_close(r, F.adaptive_avg_pool2d(stage, 1).flatten(1))
+
+
+def test_mutual_kl_is_the_divergence_of_similarity_rows_and_spares_the_peer():
+    torch.manual_seed(0)
+    h1, h2 = torch.randn(2, 5, 8).requires_grad_()
+    peer1, peer2 = torch.randn(2, 5, 6).requires_grad_()
+    total = 0
+    for i in range(5):
+        own = [math.exp(float(unit(h1[i]) @ unit(h2[j])) / 0.1) for j in range(5)]
+        peer = [math.exp(float(unit(peer1[i]) @ unit(peer2[j])) / 0.1) for j in range(5)]
+        total += sum(p / sum(peer) * math.log((p / sum(peer)) / (o / sum(own))) for p, o in zip(peer, own))
+    loss = sdssl.mutual_kl(h1, h2, peer1, peer2)
+    assert float(loss) == pytest.approx(total / 5, rel=1e-4) and float(sdssl.mutual_kl(h1, h2, h1, h2)) == pytest.approx(0, abs=1e-6)
+    grads = torch.autograd.grad(loss, [h1, h2, peer1, peer2], allow_unused=True)
+    assert grads[0].abs().max() > 0 and grads[1].abs().max() > 0 and grads[2] is grads[3] is None
+
+
+def test_dogo_is_two_models_and_their_mutual_losses():
+    a, b = tiny_sdssl("mocov3"), tiny_sdssl("simclr", distill=False)
+    x1, x2 = torch.randn(2, 6, 3, 16, 16)
+    terms = sdssl.DoGo(a, b)(x1, x2, 0.3)
+    h, peer_h = ([m.projectors[-1](m.backbone(x)[-1]) for x in (x1, x2)] for m in (a, b))
+    expected = a(x1, x2, 0.3)["loss"] + b(x1, x2, 0.3)["loss"] + sdssl.mutual_kl(*h, *peer_h) + sdssl.mutual_kl(*peer_h, *h)
+    torch.testing.assert_close(terms["loss"], expected)
+    names = ("ssl", "isd", "pred", "spread")
+    assert terms.keys() == {"loss", "kl", "peer_kl", *names, *(f"peer_{n}" for n in names)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Two processes against one
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -326,11 +401,16 @@ for case in CASES:
 torch.save(found, f"{sys.argv[2]}/{rank}.pt")
 dist.destroy_process_group()
 """
-CASES = [(framework, distill) for framework in sdssl.FRAMEWORKS for distill in (True, False)]
+CASES = [(framework, distill, "") for framework in sdssl.FRAMEWORKS for distill in (True, False)]
+CASES += [("mocov3", True, "every"), ("mocov3", True, "no mlp"), ("simclr", True, "dogo"), ("byol", False, "dogo")]
 
 
 def gradients(case, x1, x2, ddp=False):
-    model = tiny_sdssl(*case, batch_norm=False)
+    framework, distill, ablation = case
+    switches = {"every": dict(every=2), "no mlp": dict(mid_layers=0)}.get(ablation, {})
+    model = tiny_sdssl(framework, distill, batch_norm=False, **switches)
+    if ablation == "dogo":
+        model = sdssl.DoGo(model, tiny_sdssl("mocov3", batch_norm=False))
     wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
     wrapped(x1, x2, alpha=torch.tensor(0.7))["loss"].backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -574,11 +654,11 @@ def test_training_ends_with_the_table_of_all_layers_and_eval_knn_agrees(tmp_path
 @pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
 def test_checkpoint_is_plain_and_gives_the_trained_backbone_back(framework, tmp_path, monkeypatch):
     models = []
-    monkeypatch.setattr(sdssl, "SDSSL", lambda *args: models.append(SDSSL(*args)) or models[0])
+    monkeypatch.setattr(sdssl, "SDSSL", lambda *args: models.append(SDSSL(*args)) or models[-1])
     path = run(tmp_path, "--framework", framework, "--max-steps", "2", "--knn-every", "0")
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["architecture"]["num_heads"] == 4 and checkpoint["config"]["framework"] == framework
-    x, model = torch.randn(2, 3, 32, 32), models[0].eval()
+    x, model = torch.randn(2, 3, 32, 32), models[-1].eval()
     for which in ("teacher", "student"):
         trained = model.teacher if which == "teacher" and framework != "simclr" else model.backbone
         assert torch.equal(load_backbone(path, which)(x), trained(x)) and not load_backbone(path).training
@@ -598,6 +678,28 @@ def test_resumed_run_ends_with_the_same_weights_bit_for_bit(framework, tmp_path,
     assert resumed["step"] == whole["step"] == 9
     assert whole["model"].keys() == resumed["model"].keys()
     assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
+
+
+SWITCHES = {
+    "--no-anneal --alpha 0.5": lambda line: line["alpha"] == 0.5,
+    "--beta 0": lambda line: abs(line["loss"] - line["ssl"] - line["alpha"] * line["isd"]) < 1e-4 < line["pred"],
+    "--alpha 0": lambda line: abs(line["loss"] - line["ssl"] - line["pred"]) < 1e-4 < line["isd"],
+    "--every 2": lambda line: line["pred"] > 0,
+    "--mid-layers 0 --framework byol": lambda line: line["isd"] > 0,
+    "--mid-layers 2 --framework simclr": lambda line: line["isd"] > 0 == line["pred"],
+    "--arch resnet18 --no-distill": lambda line: line["isd"] == line["pred"] == 0,
+    "--arch resnet18 --peer vit_toy": lambda line: line["peer_kl"] > 0 and line["peer_isd"] > 0,
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_of_the_command_line_does_what_it_says(switch, tmp_path, monkeypatch):
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sdssl.Glyphs(32, seed=0))
+    path = run(tmp_path, "--batch-size", "16", "--log-every", "1", *switch.split())
+    *lines, last = log_of(path)
+    assert SWITCHES[switch](lines[1]) and len(last["knn"]) == (6 if switch.endswith("vit_toy") or "resnet" not in switch else 4)
+    for which in ("teacher", "student", *["peer"] * ("peer" in switch)):
+        assert len(load_backbone(path, which)(torch.randn(1, 3, 32, 32))) == (4 if "resnet" in switch and which != "peer" else 6)
 
 
 def test_running_twice_keeps_the_first_run(tmp_path):
