@@ -26,6 +26,7 @@ import math
 import os
 import random
 import resource
+import signal
 import sys
 import textwrap
 import time
@@ -37,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, Subset, default_convert
 from torchvision.transforms import functional as TF
@@ -541,6 +543,11 @@ class UserError(ValueError):
     """Something the user can change; the command line prints it as one line and exits with code 2."""
 
 
+def one_line(error):
+    """An exception's text without its line breaks, and not more than a screen's width or two."""
+    return " ".join(str(error).split())[:200]
+
+
 class Glyphs:
     """The toy set: ten bright shapes of random place, size, turn and tint on dark, noisy ground, the same for everyone.
 
@@ -586,6 +593,27 @@ class Glyphs:
         return TF.to_pil_image(self.data[i]), self.targets[i]
 
 
+def read_rgb(path):
+    """An image file of any mode as RGB; 16-bit grey is scaled, where PIL alone would clip it."""
+    image = Image.open(path)
+    return (image.point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image).convert("RGB")
+
+
+def read_or_next(source, i):
+    """Image i of a dataset with its label, and None; for a file that cannot be read the next one that can, and a line that names it.
+
+    Runs last for days, and among a million files one may be cut short. More than a hundred in a row are an error.
+    """
+    complaint = None
+    for k in range(100):
+        j = (i + k) % len(source)
+        try:
+            return *source[j], complaint
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for cut, foreign and broken files
+            complaint = complaint or f"{getattr(source, 'samples', {j: (j,)})[j][0]}: {error}"
+    raise UserError(f"a hundred unreadable images in a row; the first is {complaint}")
+
+
 TORCHVISION = {  # name: part ("pretrain", "train" or "val") -> a dataset of (PIL image, class number)
     "cifar10": lambda part: torchvision.datasets.CIFAR10(ROOT, train=part != "val", download=True),
     "cifar100": lambda part: torchvision.datasets.CIFAR100(ROOT, train=part != "val", download=True),
@@ -608,7 +636,7 @@ def open_dataset(data, part):
             dataset = TORCHVISION[data](part)
         except (OSError, RuntimeError) as error:
             where = Path(ROOT).resolve()
-            raise UserError(f"cannot download {data} ({error}); put the files torchvision expects into {where}") from None
+            raise UserError(f"cannot download {data} ({one_line(error)}); put the files torchvision expects into {where}") from None
         if world_size() > 1 and first:
             dist.barrier()
         return dataset
@@ -617,13 +645,13 @@ def open_dataset(data, part):
         known = ", ".join(["toy", *TORCHVISION])
         raise UserError(f"--data {data}: no folder {folder}; give one of {known}, or a folder with train/<class>/ and val/<class>/")
     try:
-        return torchvision.datasets.ImageFolder(folder)
+        return torchvision.datasets.ImageFolder(folder, loader=read_rgb)
     except FileNotFoundError as error:
-        raise UserError(f"--data {data}: {' '.join(str(error).split())}") from None
+        raise UserError(f"--data {data}: {one_line(error)}") from None
 
 
 class TwoCrops(Dataset):
-    """Two random crops of each image, (2, B, 3, size, size), by lists of keys (epoch, image number).
+    """By lists of keys (epoch, image number): two random crops of each, (2, B, 3, size, size), and complaints about broken files.
 
     Sets that torchvision holds in memory become uint8 on the device, and a batch is cut there at once; image files are read
     and cut by the DataLoader's workers, one at a time. Either way the crops follow from (seed, epoch, image): no two
@@ -644,17 +672,19 @@ class TwoCrops(Dataset):
 
     def __getitems__(self, keys):
         if self.pixels is None:
-            return torch.stack([self.crop_file(*key) for key in keys], dim=1)  # uint8
+            crops, complaints = zip(*(self.crop_file(*key) for key in keys))
+            return torch.stack(crops, dim=1), [c for c in complaints if c]  # uint8
         epoch, first = keys[0]  # an image comes once in an epoch, so the first one names the batch
         generator = seeded(self.pixels.device, self.seed, epoch, first)
         x = self.pixels[torch.tensor([i for _, i in keys]).to(self.pixels.device, non_blocking=True)] / 255
         boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(2)]
-        return torch.stack([crop_and_resize(x, box, self.size) for box in boxes])
+        return torch.stack([crop_and_resize(x, box, self.size) for box in boxes]), []
 
     def crop_file(self, epoch, i):
-        image = self.source[i][0].convert("RGB")
+        image, _, complaint = read_or_next(self.source, i)
+        image = image.convert("RGB")
         boxes = random_boxes(2, image.height, image.width, self.scale, seeded("cpu", self.seed, epoch, i)).int().T.tolist()
-        return torch.stack([TF.pil_to_tensor(TF.resized_crop(image, *box, [self.size, self.size])) for box in boxes])
+        return torch.stack([TF.pil_to_tensor(TF.resized_crop(image, *box, [self.size, self.size])) for box in boxes]), complaint
 
 
 class CentreCrops(Dataset):
@@ -667,7 +697,7 @@ class CentreCrops(Dataset):
         return len(self.source)
 
     def __getitem__(self, i):
-        image, label = self.source[i]
+        image, label, _ = read_or_next(self.source, i)
         image = image.convert("RGB")
         if image.size != (self.size, self.size):
             image = TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size)  # 256 for 224
@@ -792,15 +822,20 @@ def build_backbone(architecture):
 def save_checkpoint(folder, config, model, optimizer, step):
     """last.pt in `folder`: the backbone people want, and all that a resumed run needs, since random numbers follow from the step.
 
-    Written beside and renamed, so that last.pt is whole at any moment; the one before stays as previous.pt.
+    Written beside and renamed, so that last.pt is whole at any moment; the one before stays as previous.pt. Raises UserError
+    if it cannot be written.
     """
     new, last = folder / "last.new", folder / "last.pt"
-    torch.save({name: net.state_dict() for name, net in model.trained.items()} | dict(
+    checkpoint = {name: net.state_dict() for name, net in model.trained.items()} | dict(
         architecture=architecture(config, config.arch), peer_architecture=architecture(config, config.peer), config=dataclasses.asdict(config),
-        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step), new)  # fmt: skip
-    if last.exists():
-        os.replace(last, folder / "previous.pt")
-    os.replace(new, last)
+        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)  # fmt: skip
+    try:
+        torch.save(checkpoint, new)
+        if last.exists():
+            os.replace(last, folder / "previous.pt")
+        os.replace(new, last)
+    except (OSError, RuntimeError) as error:  # a full disk comes as either
+        raise UserError(f"cannot write the checkpoint of step {step} ({one_line(error)}); the one before is still in {folder}") from None
 
 
 def load_checkpoint(path):
@@ -812,7 +847,7 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # cut short, not a checkpoint, a pickle that wants to run code: torch raises many kinds
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())[:120]}") from None
+        raise UserError(f"cannot read {path} ({one_line(error)}); where there is a previous.pt beside it, that is the one before") from None
     raise UserError(f"{path} is not a checkpoint of sdssl.py")
 
 
@@ -879,7 +914,8 @@ class Config:
     seed: int = opt(0, "of everything random", 0, 2**31)
     # the run: from here on, nothing changes what is learned, and a resumed run may have other values
     out: str = opt("", "run folder; by default runs/ and a name that tells data, framework and seed")
-    resume: bool = opt(False, "continue the newest run of this name, if there is one, from its last checkpoint")
+    resume: bool = opt(False, "continue the newest run of this name, if there is one, from its last checkpoint; torchrun's restarts do")
+    save_every: int = opt(0, "steps between two checkpoints, besides the one each epoch; 0: none", 0)
     max_steps: int = opt(0, "stop after so many optimiser steps, with schedules as planned; 0: after the last epoch", 0)
     knn_every: int = opt(10, "epochs between two k-NN tables; 0: no table at all", 0)
     log_every: int = opt(10, "steps between two lines of log.jsonl", 1)
@@ -912,7 +948,7 @@ def one_line_errors(program):
     try:
         yield
     except UserError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(f"{program}: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)  # also from a data worker's report
         sys.exit(2)
     finally:
         if world_size() > 1:
@@ -995,20 +1031,29 @@ def set_up(device="auto"):
 
 
 def run_folder(config):
-    """The folder of this run, the same on all ranks: a new one, or with --resume the newest of its name."""
+    """The folder of this run, the same on all ranks, and its checkpoint to go on from or None.
+
+    A new one, since earlier runs are never written over; with --resume, and when torchrun restarts us, the newest of its name.
+    """
+    resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     base = Path(config.out or f"runs/{Path(config.data).name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10**4))]
-    used = next(i for i, name in enumerate(names) if not name.exists())  # an earlier run is never written over
-    folder = [str(names[max(0, used - 1) if config.resume else used])]
+    free = next(i for i, name in enumerate(names) if not name.exists())
+    folder = [names[max(0, free - 1) if resume else free]]
     if world_size() > 1:
         dist.broadcast_object_list(folder)
-    Path(folder[0]).mkdir(parents=True, exist_ok=True)
-    return Path(folder[0])
+    folder = folder[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"argument --out: cannot make the run folder ({one_line(error)})") from None
+    saved = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
+    return folder, saved[0] if resume and saved else None
 
 
 def save_views(path, dataset, keys, seed):
     """A picture of what the network sees: in each column an image, its view 1 and its view 2."""
-    crops = dataset.__getitems__(keys)
+    crops, _ = dataset.__getitems__(keys)
     views = [augment(x, view, seeded(x.device, seed, "picture", i)).cpu() for i, (x, view) in enumerate(zip(crops, VIEWS))]
     whole = CentreCrops(dataset.source, dataset.size)
     images = normalize(torch.stack([whole[i][0] for _, i in keys]))
@@ -1017,13 +1062,13 @@ def save_views(path, dataset, keys, seed):
     torchvision.utils.save_image(TF.resize(grid, max(300, grid.shape[1]), TF.InterpolationMode.NEAREST), path)
 
 
-def same_run(config, saved, folder):
+def same_run(config, saved, path):
     """Raises UserError, naming the differences, if a checkpoint's configuration would learn something else."""
     names = [field.name for field in dataclasses.fields(config)]
     learned = names[: names.index("out")]
     differences = [f"--{n.replace('_', '-')} is {saved.get(n)} there, {getattr(config, n)} here" for n in learned if saved.get(n) != getattr(config, n)]
     if differences:
-        raise UserError(f"cannot resume {folder}: {'; '.join(differences)}")
+        raise UserError(f"cannot go on from {path}: {'; '.join(differences)}")
 
 
 def every_nth(dataset, most):
@@ -1032,38 +1077,64 @@ def every_nth(dataset, most):
 
 
 class Log:
-    """log.jsonl and the progress bar, on rank 0. Numbers on the device are read a step late: the host never waits for it."""
+    """log.jsonl and the progress bar, on rank 0. Numbers on the device are read a step late, so that the host never waits for it."""
 
-    def __init__(self, folder, every, bar):
-        self.folder, self.every, self.bar = folder, every, bar
-        self.pending, self.start, self.waited, self.steps = None, time.perf_counter(), 0.0, 0
+    def __init__(self, folder, every, bar, first):
+        self.path, self.every, self.bar, self.pending, self.collapsed = folder / "log.jsonl", every, bar, None, False
+        if rank() == 0 and self.path.exists():  # of a resumed run: what it did after its checkpoint, it will do again
+            lines = [line for line in self.path.read_text().splitlines(True) if json.loads(line)["step"] <= first]
+            self.path.write_text("".join(lines))
+        self.restart_clock()
+
+    def restart_clock(self):
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def step(self, record, tensors, images, waited):
-        """Take this step's plain values, its tensors by name, images and seconds spent waiting for data."""
-        self.flush()
+        """Take this step's plain values, its tensors by name, its images, and the seconds it waited for data. Returns read()."""
+        before = self.read()
         self.pending = record, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), images
         self.waited, self.steps = self.waited + waited, self.steps + 1
+        return before
 
-    def flush(self):
-        """Read the pending step; UserError if it was not finite."""
+    def read(self):
+        """All numbers of the pending step by name, {} if none is pending; logged if due. UserError if one is not finite."""
         if self.pending is None:
-            return
+            return {}
         (record, names, values, images), self.pending = self.pending, None
         record = record | dict(zip(names, values.tolist()))
+        diverged = [name for name in names if not math.isfinite(record[name])]
+        if diverged:
+            raise UserError(f"step {record['step']}: {', '.join(diverged)} not finite; the checkpoints in {self.path.parent} are from before. "
+                            "A smaller --lr or a longer --warmup-epochs may help")  # fmt: skip
+        if record["spread"] < 0.01 and not self.collapsed:
+            self.collapsed = True
+            tqdm.write(f"step {record['step']}: the features have collapsed, all images look alike (spread {record['spread']:.4f})")
         self.bar.update(images)
-        if record["step"] % self.every and record["step"] > 1:
-            return
-        seconds = time.perf_counter() - self.start
-        record |= dict(images_per_s=images * self.steps / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
-        self.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", spread=f"{record['spread']:.2f}")
-        self.write(record)
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        if record["step"] % self.every == 0 or record["step"] == 1:
+            seconds = time.perf_counter() - self.start
+            speed = dict(images_per_s=images * self.steps / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
+            self.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", spread=f"{record['spread']:.2f}")
+            self.write(record | speed)
+            self.restart_clock()
+        return record
 
     def write(self, record):
         """Append one line to log.jsonl."""
         if rank() == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that is empty until someone asks us to stop: Ctrl-C, SIGTERM, or SIGUSR1 as SLURM sends before pre-emption."""
+    received = []
+    before = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def peak_memory():
@@ -1073,8 +1144,11 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def train(config):
-    """One run, from the first image to the table of all layers; everything it makes lands in its run folder."""
+def train(config, asked_to_stop=()):
+    """One run, from the first image to the table of all layers; everything it makes lands in its run folder.
+
+    Once asked_to_stop is no longer empty, on any rank, it ends politely: finishes the step, saves, says where.
+    """
     device = set_up(config.device)
     source = open_dataset(config.data, "pretrain")
     if len(source) < config.batch_size:
@@ -1092,10 +1166,10 @@ def train(config):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on CPU, BatchNorm sees the images of its rank only
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
 
-    folder, first = run_folder(config), 0
-    if config.resume and (folder / "last.pt").exists():
-        checkpoint = load_checkpoint(folder / "last.pt")
-        same_run(config, checkpoint["config"], folder)
+    (folder, saved), first = run_folder(config), 0
+    if saved:
+        checkpoint = load_checkpoint(saved)
+        same_run(config, checkpoint["config"], saved)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
@@ -1117,11 +1191,12 @@ def train(config):
         save_views(folder / "views.png", dataset, next(iter(keys), [])[:12], config.seed)
 
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
-    log = Log(folder, config.log_every, bar)
+    log, broken = Log(folder, config.log_every, bar, first), set()
     batches = iter(loader)
     for step in range(first, last):
         start = time.perf_counter()
-        crops = next(batches).to(device, non_blocking=True)  # (2, B, 3, H, W)
+        crops, complaints = next(batches)
+        crops = crops.to(device, non_blocking=True)  # (2, B, 3, H, W)
         waited = time.perf_counter() - start
 
         lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
@@ -1139,20 +1214,36 @@ def train(config):
         model.update_teacher(m)
 
         grad_norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
+        stop = torch.full((), float(bool(asked_to_stop)), device=device)
+        if world_size() > 1:
+            dist.all_reduce(stop)  # read a step late like all numbers, so all ranks stop after the same step
         epoch = (step + 1) / steps_per_epoch
-        log.step(dict(step=step + 1, epoch=epoch, lr=lr, alpha=alpha, m=m), terms | dict(grad_norm=grad_norm), config.batch_size, waited)
+        plain = dict(step=step + 1, epoch=epoch, lr=lr, alpha=alpha, m=m, broken_images=len(broken))
+        stopping = log.step(plain, terms | dict(grad_norm=grad_norm, stop=stop), config.batch_size, waited).get("stop", 0) > 0
 
-        if epoch == int(epoch) or step + 1 == last:
-            log.flush()
+        for complaint in complaints:
+            if complaint not in broken:
+                tqdm.write(f"unreadable image, another takes its place: {complaint}")
+                broken.add(complaint)
+        if len(broken) > 0.01 * len(dataset):
+            raise UserError(f"{len(broken)} of {len(dataset)} images cannot be read: more than 1 %")
+
+        if stopping or epoch == int(epoch) or step + 1 == last or config.save_every and (step + 1) % config.save_every == 0:
+            log.read()  # what is not finite is not saved
             if rank() == 0:
                 save_checkpoint(folder, config, model, optimizer, step + 1)
-            if config.knn_every and (epoch % config.knn_every == 0 or step + 1 == last):
-                for name, backbone in model.trained.items():
-                    accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
-                    log.write(dict(step=step + 1, epoch=epoch, network=name, knn=accuracies.tolist()))
-                    if rank() == 0:
-                        tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
-                model.train()
+        if stopping:
+            if rank() == 0:
+                tqdm.write(f"stopped after step {step + 1}, saved in {folder}; the same command with --resume goes on")
+            break
+        if config.knn_every and (step + 1 == last or epoch % config.knn_every == 0):
+            for name, backbone in model.trained.items():
+                accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
+                log.write(dict(step=step + 1, epoch=epoch, network=name, knn=accuracies.tolist()))
+                if rank() == 0:
+                    tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
+            model.train()
+            log.restart_clock()
     bar.close()
 
 
@@ -1163,8 +1254,8 @@ def train(config):
 
 def main(argv=None):
     """python sdssl.py, torchrun sdssl.py"""
-    with one_line_errors("sdssl.py"):
-        train(parse_config(argv))
+    with one_line_errors("sdssl.py"), stop_signals() as asked_to_stop:
+        train(parse_config(argv), asked_to_stop)
 
 
 if __name__ == "__main__":

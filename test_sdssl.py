@@ -416,8 +416,11 @@ def gradients(case, x1, x2, ddp=False):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
 def torchrun(*args, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, args)]
+    command = [*TORCHRUN, *map(str, args)]
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE))
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, **kwargs)
 
@@ -535,7 +538,7 @@ def folder(tmp_path_factory):
 def file_crops(folder, workers, batches, seed=0):
     dataset = sdssl.TwoCrops(sdssl.open_dataset(str(folder), "pretrain"), 16, 0.2, seed)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=sdssl.default_convert)
-    return torch.cat(list(loader), dim=1)
+    return torch.cat([crops for crops, _ in loader], dim=1)
 
 
 def test_crops_are_the_same_for_any_number_of_workers_and_differ_by_epoch_image_and_view(folder):
@@ -553,13 +556,13 @@ def test_resident_crops_are_cut_as_described_and_differ_within_a_batch():
     source.data[:] = source.data[:1].clone()  # the same picture eight times: all differences come from the crops
     dataset = sdssl.TwoCrops(source, 16, 0.2, seed=3)
     keys = [(2, i) for i in (5, 1, 7, 0)]
-    crops = dataset.__getitems__(keys)
-    assert torch.equal(crops, dataset.__getitems__(keys)) and len(crops.flatten(0, 1).flatten(1).unique(dim=0)) == 8
+    crops, _ = dataset.__getitems__(keys)
+    assert torch.equal(crops, dataset.__getitems__(keys)[0]) and len(crops.flatten(0, 1).flatten(1).unique(dim=0)) == 8
     generator = sdssl.seeded("cpu", 3, 2, 5)
     for view in crops:
         for i, box in enumerate(sdssl.random_boxes(4, 32, 32, (0.2, 1.0), generator).int().T.tolist()):
             torch.testing.assert_close(view[i], TF.resized_crop(source.data[0] / 255, *box, [16, 16], antialias=True), atol=1e-5, rtol=0)
-    assert (crops != dataset.__getitems__([(3, i) for i in (5, 1, 7, 0)])).flatten(2).any(-1).all()
+    assert (crops != dataset.__getitems__([(3, i) for i in (5, 1, 7, 0)])[0]).flatten(2).any(-1).all()
 
 
 def test_ranks_and_epochs_divide_the_images_and_a_later_start_sees_the_same_batches():
@@ -643,7 +646,7 @@ def test_training_ends_with_the_table_of_all_layers_and_eval_knn_agrees(tmp_path
     assert [int(layer) for layer, _, _ in rows] == [1, 2, 3, 4, 5, 6]
     *steps, last = log_of(checkpoint)
     assert [s["step"] for s in steps] == [1, 2, 3] and last["knn"] == [pytest.approx([float(a), float(b)], abs=0.051) for _, a, b in rows]
-    expected = {"step", "epoch", "lr", "alpha", "m", "loss", "ssl", "isd", "pred", "spread", "grad_norm", "images_per_s", "data_wait", "peak_memory_gib"}
+    expected = {"step", "epoch", "lr", "alpha", "m", "loss", "ssl", "isd", "pred", "spread", "grad_norm", "images_per_s", "data_wait", "peak_memory_gib", "broken_images", "stop"}
     assert all(expected == s.keys() and all(math.isfinite(v) for v in s.values()) for s in steps)
     eval_knn.main([str(checkpoint)])
     found = json.loads(checkpoint.with_name("knn.json").read_text())["toy"]
@@ -773,6 +776,209 @@ def test_bad_checkpoints_are_one_line(tmp_path, capsys):
         assert word in complaint(eval_knn.main, capsys, path)
     assert "4096" in complaint(eval_knn.main, capsys, good, "--k", 5000)
     assert "--tau is 0.2 there, 0.3 here" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "run", "--tau", 0.3, "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing lost: the real thing, done to real processes
+# ---------------------------------------------------------------------------------------------------------------------
+
+TROUBLE = """  # sdssl.py, with a thread that makes trouble once the run has written step 7 to its log
+import json, os, pathlib, signal, sys, threading, time
+import sdssl
+trouble, log, *flags = sys.argv[1:]
+
+def make():
+    while not (os.path.exists(log) and any('"step": 7,' in line for line in open(log))):
+        time.sleep(0.002)
+    os.kill(os.getpid(), getattr(signal, trouble))
+
+if os.environ.get("RANK", "0") == os.environ.get("TROUBLED_RANK", "0") and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    threading.Thread(target=make, daemon=True).start()
+sdssl.main(flags)
+"""
+LONG = [*TINY, "--batch-size", "8", "--epochs", "8", "--save-every", "3", "--log-every", "1", "--knn-every", "0", "--workers", "1", "--preset", "toy"]
+
+
+def start(*command, env=(), **kwargs):
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(HERE)) | dict(env)
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **kwargs)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def same_weights(a, b):
+    a, b = (torch.load(path, weights_only=True) for path in (a, b))
+    assert a["step"] == b["step"] and a["model"].keys() == b["model"].keys()
+    return all(torch.equal(value, b["model"][name]) for name, value in a["model"].items())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory):
+    """The checkpoints of the runs that nothing disturbs: one process, and two."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    one = start(sys.executable, HERE / "sdssl.py", *LONG, "--data", folder, "--out", root / "one")
+    two = start(*TORCHRUN, HERE / "sdssl.py", *LONG, "--data", folder, "--out", root / "two")
+    assert [finish(p)[0] for p in (one, two)] == [0, 0]
+    return root / "one" / "last.pt", root / "two" / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def troubled(folder, tmp_path_factory):
+    """Runs that get a signal after step 7 of 16, mid-epoch, all at once: {signal: (run folder, exit code, output)}."""
+    root = tmp_path_factory.mktemp("troubled")
+    (root / "trouble.py").write_text(TROUBLE)
+    processes = {}
+    for trouble in ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1"):
+        command = [root / "trouble.py", trouble, root / trouble / "log.jsonl", *LONG, "--data", folder, "--out", root / trouble]
+        processes[trouble] = start(sys.executable, *command)
+    for name, trouble in (("elastic", "SIGKILL"), ("two ranks", "SIGUSR1")):
+        command = [root / "trouble.py", trouble, root / name / "log.jsonl", *LONG, "--data", folder, "--out", root / name]
+        processes[name] = start(*TORCHRUN, "--max-restarts", 1, *command, env=dict(TROUBLED_RANK="1"))
+    return {name: (root / name, *finish(process)) for name, process in processes.items()}
+
+
+@pytest.mark.parametrize("trouble", ["SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(trouble, troubled, uninterrupted, folder):
+    path, code, out, err = troubled[trouble]
+    at = torch.load(path / "last.pt", weights_only=True)["step"]
+    if trouble == "SIGKILL":
+        assert code == -9 and at >= 6
+    else:  # the step is finished and saved, wherever it is
+        assert code == 0 and at >= 7 and f"stopped after step {at}, saved in {path}" in out + err
+    assert at < 16, "the run was over before the signal came"
+    process = start(sys.executable, HERE / "sdssl.py", *LONG, "--data", folder, "--out", path, "--resume")
+    assert finish(process)[0] == 0 and same_weights(path / "last.pt", uninterrupted[0])
+    assert [line["step"] for line in log_of(path / "last.pt")] == list(range(1, 17))
+
+
+def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(troubled, uninterrupted):
+    path, code, _, err = troubled["elastic"]
+    assert code == 0, err
+    assert same_weights(path / "last.pt", uninterrupted[1]) and not path.with_name("elastic-2").exists()
+
+
+def test_all_ranks_stop_after_the_same_step_when_one_is_asked(troubled):
+    path, code, out, err = troubled["two ranks"]
+    at = torch.load(path / "last.pt", weights_only=True)["step"]
+    assert code == 0 and 7 <= at < 16 and (out + err).count(f"stopped after step {at}") == 1, err
+
+
+def test_a_kill_or_a_full_disk_while_writing_leaves_the_last_good_checkpoint(tmp_path, folder):
+    out = tmp_path / "run"
+    flags = [*LONG, "--data", folder, "--out", out, "--resume"]
+    assert finish(start(sys.executable, HERE / "sdssl.py", *flags, "--max-steps", 4))[0] == 0
+    torn = """import os, signal, sys, torch, sdssl
+def torn(checkpoint, path):
+    open(path, "wb").write(b"half a checkpoint")
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = torn
+sdssl.main(sys.argv[1:])"""
+    assert finish(start(sys.executable, "-c", torn, *flags))[0] == -9
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 4
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); import sys, sdssl; sdssl.main(sys.argv[1:])"
+    code, _, err = finish(start(sys.executable, "-c", full, *flags))
+    assert code == 2 and "cannot write the checkpoint of step 6" in err.splitlines()[-1] and str(out) in err.splitlines()[-1]
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 4
+    os.replace(out / "last.pt", out / "previous.pt")  # killed between the two renames
+    assert finish(start(sys.executable, HERE / "sdssl.py", *flags, "--max-steps", 5))[0] == 0
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 5
+
+
+def test_what_cannot_be_written_or_resumed_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot make the run folder" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "file" / "run")
+    path = run(tmp_path, "--max-steps", "1", "--knn-every", "0")
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "previous.pt" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "run", "--resume").splitlines()[-1]
+
+
+def test_divergence_stops_the_run_and_collapse_warns_once(tmp_path, capsys, monkeypatch):
+    loss, calls = SDSSL.L_ssl, []
+
+    def bad_at_the_end(self, *args):
+        calls.append(0)
+        return loss(self, *args) * (float("nan") if len(calls) > 3 * 5 else 1)  # three losses a step: the sixth step's
+
+    monkeypatch.setattr(SDSSL, "L_ssl", bad_at_the_end)
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sdssl.Glyphs(64, seed=0))
+    message = complaint(sdssl.main, capsys, *TINY, "--batch-size", 16, "--epochs", 4, "--knn-every", 0, "--out", tmp_path / "run")
+    assert "step 6: loss, pred" in message and "not finite" in message and str(tmp_path / "run") in message
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["model"].values())
+
+    log = sdssl.Log(tmp_path, 10, sdssl.tqdm(disable=True), 0)
+    for step in range(1, 6):
+        log.step(dict(step=step, lr=0.1), dict(loss=torch.tensor(1.0), spread=torch.tensor(0.001 if step > 2 else 0.3)), 8, 0.0)
+    assert capsys.readouterr().out.count("collapsed") == 1
+
+
+def test_odd_images_become_rgb_and_a_broken_one_is_replaced_named_once_and_counted(tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / part / "all").mkdir(parents=True)
+        for i in range(120):
+            TF.to_pil_image(images(1, 12, 12)[0] * i / 120).save(tmp_path / part / "all" / f"{i:03}.png")
+    odd, grey = tmp_path / "train" / "all", TF.to_pil_image(images(1, 12, 12)[0]).convert("L")
+    grey.convert("CMYK").save(odd / "cmyk.jpg")
+    grey.convert("P").save(odd / "palette.png")
+    grey.save(odd / "grey.png")
+    sixteen = grey.convert("I").point(lambda value: value * 257)
+    sixteen.convert("I;16").save(odd / "sixteen.png")
+    source = sdssl.open_dataset(str(tmp_path), "train")
+    pixels = {pathlib.Path(path).stem: TF.pil_to_tensor(source[i][0]) for i, (path, _) in enumerate(source.samples)}
+    for name in ("grey", "palette", "sixteen", "cmyk"):
+        difference = (pixels[name].float() - TF.pil_to_tensor(grey).float()).abs()
+        assert pixels[name].shape == (3, 12, 12) and difference.max() <= (40 if name == "cmyk" else 1)  # JPEG loses a little
+
+    whole = (odd / "007.png").read_bytes()
+    (odd / "007.png").write_bytes(whole[: len(whole) // 2])
+    flags = [*TINY, "--data", tmp_path, "--preset", "toy", "--batch-size", 31, "--epochs", 3, "--log-every", 1, "--workers", 2, "--out", tmp_path / "run"]
+    sdssl.main(list(map(str, flags)))
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("007.png") == 1 and log_of(tmp_path / "run" / "last.pt")[-2]["broken_images"] == 1
+    (odd / "008.png").write_bytes(b"not an image")
+    assert "2 of 124 images cannot be read" in complaint_after_output(sdssl.main, capsys, *flags)
+
+
+def complaint_after_output(main, capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+class Malice:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path, capsys):
+    path = run(tmp_path, "--max-steps", "1", "--knn-every", "0")
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | dict(config=Malice(tmp_path / "executed")), path)
+    assert "cannot read" in complaint_after_output(eval_knn.main, capsys, path)
+    assert "cannot read" in complaint_after_output(sdssl.main, capsys, *TINY, "--out", path.parent, "--resume")
+    assert not (tmp_path / "executed").exists()
+    for name in ("sdssl.py", "eval_knn.py"):
+        for call in re.findall(r"torch\.load\(.*", (HERE / name).read_text()):
+            assert "weights_only=True" in call
+
+
+@pytest.mark.parametrize("field", [f for f in dataclasses.fields(sdssl.Config) if f.type in (int, float)], ids=lambda f: f.name)
+def test_every_number_on_the_command_line_is_checked_before_anything_happens(field, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sdssl, "open_dataset", lambda *args: pytest.fail("data was opened"))
+    flag = "--" + field.name.replace("_", "-")
+    low, high = field.metadata["low"], field.metadata["high"]
+    wrong = ["nan", "inf", "-inf", "-1", "x", "", "1e999", repr(low - 1)] + ([repr(high + 1)] if high is not None else [])
+    for value in wrong + (["0.5"] if field.type is int else []):
+        assert flag in complaint(sdssl.main, capsys, f"{flag}={value}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_default_then_preset_then_flag():
