@@ -30,7 +30,7 @@ import signal
 import sys
 import textwrap
 import time
-from argparse import ArgumentParser, BooleanOptionalAction, SUPPRESS
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from collections import OrderedDict
 from pathlib import Path
 
@@ -926,8 +926,8 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=24, warmup_epochs=2, batch_size=256,
-                lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5, knn_every=8),  # few steps need a fast teacher
+    "toy": dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=28, warmup_epochs=2, batch_size=256,
+                lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5, knn_every=7),  # few steps need a fast teacher
     "cifar10": dict(arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048, epochs=200, warmup_epochs=10, batch_size=512,
                     lr=5e-4, weight_decay=0.1, m0=0.99, min_crop=0.2, knn_every=10),
     "imagenet": dict(),  # the paper's ViT-S/16, section 4.1: the defaults above
@@ -1177,7 +1177,7 @@ def train(config, asked_to_stop=()):
         model.compile()
     ddp = model
     if world_size() > 1:
-        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     dataset = TwoCrops(source, config.img_size, config.min_crop, config.seed, device)
     sampler = DistributedSampler(dataset, world_size(), rank(), seed=config.seed, drop_last=True)
@@ -1191,60 +1191,59 @@ def train(config, asked_to_stop=()):
         save_views(folder / "views.png", dataset, next(iter(keys), [])[:12], config.seed)
 
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
-    log, broken = Log(folder, config.log_every, bar, first), set()
-    batches = iter(loader)
-    for step in range(first, last):
-        start = time.perf_counter()
-        crops, complaints = next(batches)
-        crops = crops.to(device, non_blocking=True)  # (2, B, 3, H, W)
-        waited = time.perf_counter() - start
+    log, broken, batches = Log(folder, config.log_every, bar, first), set(), iter(loader)
+    with bar:  # closed before an error is printed
+        for step in range(first, last):
+            start = time.perf_counter()
+            crops, complaints = next(batches)
+            crops = crops.to(device, non_blocking=True)  # (2, B, 3, H, W)
+            waited = time.perf_counter() - start
 
-        lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
-        alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
-        m = cosine(config.m0, 1, step / total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+            lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
+            alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
+            m = cosine(config.m0, 1, step / total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        x1, x2 = (augment(x, view, seeded(device, config.seed, step, rank(), i)) for i, (x, view) in enumerate(zip(crops, VIEWS)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda"):
-            terms = ddp(x1, x2, torch.full((), alpha, device=device))
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        model.update_teacher(m)
+            x1, x2 = (augment(x, view, seeded(device, config.seed, step, rank(), i)) for i, (x, view) in enumerate(zip(crops, VIEWS)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda"):
+                terms = ddp(x1, x2, torch.full((), alpha, device=device))
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            model.update_teacher(m)
 
-        grad_norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
-        stop = torch.full((), float(bool(asked_to_stop)), device=device)
-        if world_size() > 1:
-            dist.all_reduce(stop)  # read a step late like all numbers, so all ranks stop after the same step
-        epoch = (step + 1) / steps_per_epoch
-        plain = dict(step=step + 1, epoch=epoch, lr=lr, alpha=alpha, m=m, broken_images=len(broken))
-        stopping = log.step(plain, terms | dict(grad_norm=grad_norm, stop=stop), config.batch_size, waited).get("stop", 0) > 0
+            grad_norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
+            stop = torch.full((), float(bool(asked_to_stop)), device=device)
+            if world_size() > 1:
+                dist.all_reduce(stop)  # read a step late like all numbers, so all ranks stop after the same step
+            epoch = (step + 1) / steps_per_epoch
+            plain = dict(step=step + 1, epoch=epoch, lr=lr, alpha=alpha, m=m, broken_images=len(broken))
+            stopping = log.step(plain, terms | dict(grad_norm=grad_norm, stop=stop), config.batch_size, waited).get("stop", 0) > 0
 
-        for complaint in complaints:
-            if complaint not in broken:
-                tqdm.write(f"unreadable image, another takes its place: {complaint}")
-                broken.add(complaint)
-        if len(broken) > 0.01 * len(dataset):
-            raise UserError(f"{len(broken)} of {len(dataset)} images cannot be read: more than 1 %")
+            for complaint in complaints:
+                if complaint not in broken:
+                    tqdm.write(f"unreadable image, another takes its place: {complaint}")
+                    broken.add(complaint)
+            if len(broken) > 0.01 * len(dataset):
+                raise UserError(f"{len(broken)} of {len(dataset)} images cannot be read: more than 1 %")
 
-        if stopping or epoch == int(epoch) or step + 1 == last or config.save_every and (step + 1) % config.save_every == 0:
-            log.read()  # what is not finite is not saved
-            if rank() == 0:
-                save_checkpoint(folder, config, model, optimizer, step + 1)
-        if stopping:
-            if rank() == 0:
-                tqdm.write(f"stopped after step {step + 1}, saved in {folder}; the same command with --resume goes on")
-            break
-        if config.knn_every and (step + 1 == last or epoch % config.knn_every == 0):
-            for name, backbone in model.trained.items():
-                accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
-                log.write(dict(step=step + 1, epoch=epoch, network=name, knn=accuracies.tolist()))
+            if stopping or epoch == int(epoch) or step + 1 == last or config.save_every and (step + 1) % config.save_every == 0:
+                log.read()  # what is not finite is not saved
                 if rank() == 0:
-                    tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
-            model.train()
-            log.restart_clock()
-    bar.close()
+                    save_checkpoint(folder, config, model, optimizer, step + 1)
+            if stopping:
+                if rank() == 0:
+                    tqdm.write(f"stopped after step {step + 1}, saved in {folder}; the same command with --resume goes on")
+                break
+            if config.knn_every and (step + 1 == last or epoch % config.knn_every == 0):
+                for name, backbone in model.trained.items():
+                    accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
+                    log.write(dict(step=step + 1, epoch=epoch, network=name, knn=accuracies.tolist()))
+                    if rank() == 0:
+                        tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
+                model.train()
+                log.restart_clock()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ def test_sd_mocov3_is_algorithm_1_to_the_letter():
 @pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
 def test_loss_is_equation_4_or_6_of_its_terms(framework):
     model = tiny_sdssl(framework, beta=0.7)
-    terms = {k: float(v) for k, v in model(*torch.randn(2, 6, 3, 16, 16), alpha=0.3).items()}
+    terms = {k: float(v.detach()) for k, v in model(*torch.randn(2, 6, 3, 16, 16), alpha=0.3).items()}
     assert terms["loss"] == pytest.approx(terms["ssl"] + 0.3 * terms["isd"] + 0.7 * terms["pred"], rel=1e-5)
     assert (terms["pred"] == 0) == (framework == "simclr") and terms["isd"] > 0
 
@@ -411,7 +411,7 @@ def gradients(case, x1, x2, ddp=False):
     model = tiny_sdssl(framework, distill, batch_norm=False, **switches)
     if ablation == "dogo":
         model = sdssl.DoGo(model, tiny_sdssl("mocov3", batch_norm=False))
-    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if ddp else model
+    wrapped = nn.parallel.DistributedDataParallel(model) if ddp else model
     wrapped(x1, x2, alpha=torch.tensor(0.7))["loss"].backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
@@ -836,7 +836,7 @@ def troubled(folder, tmp_path_factory):
         processes[trouble] = start(sys.executable, *command)
     for name, trouble in (("elastic", "SIGKILL"), ("two ranks", "SIGUSR1")):
         command = [root / "trouble.py", trouble, root / name / "log.jsonl", *LONG, "--data", folder, "--out", root / name]
-        processes[name] = start(*TORCHRUN, "--max-restarts", 1, *command, env=dict(TROUBLED_RANK="1"))
+        processes[name] = start(*TORCHRUN, "--max-restarts", 5, *command, env=dict(TROUBLED_RANK="1"))
     return {name: (root / name, *finish(process)) for name, process in processes.items()}
 
 
@@ -855,6 +855,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights_bit_for_bit(trouble, troubled
 
 
 def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(troubled, uninterrupted):
+    """More restarts than kills are allowed, since gloo does not always find its peers again at the first try."""
     path, code, _, err = troubled["elastic"]
     assert code == 0, err
     assert same_weights(path / "last.pt", uninterrupted[1]) and not path.with_name("elastic-2").exists()
@@ -892,7 +893,7 @@ def test_what_cannot_be_written_or_resumed_is_refused_in_one_line(tmp_path, caps
     assert "cannot make the run folder" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "file" / "run")
     path = run(tmp_path, "--max-steps", "1", "--knn-every", "0")
     path.write_bytes(path.read_bytes()[:5000])
-    assert "previous.pt" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "run", "--resume").splitlines()[-1]
+    assert "previous.pt" in complaint_after_output(sdssl.main, capsys, *TINY, "--out", tmp_path / "run", "--resume")
 
 
 def test_divergence_stops_the_run_and_collapse_warns_once(tmp_path, capsys, monkeypatch):
@@ -904,8 +905,8 @@ def test_divergence_stops_the_run_and_collapse_warns_once(tmp_path, capsys, monk
 
     monkeypatch.setattr(SDSSL, "L_ssl", bad_at_the_end)
     monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sdssl.Glyphs(64, seed=0))
-    message = complaint(sdssl.main, capsys, *TINY, "--batch-size", 16, "--epochs", 4, "--knn-every", 0, "--out", tmp_path / "run")
-    assert "step 6: loss, pred" in message and "not finite" in message and str(tmp_path / "run") in message
+    message = complaint_after_output(sdssl.main, capsys, *TINY, "--batch-size", 16, "--epochs", 4, "--knn-every", 0, "--out", tmp_path / "run")
+    assert "step 6: loss, ssl, isd, pred, grad_norm not finite" in message and str(tmp_path / "run") in message
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["model"].values())
 
