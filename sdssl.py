@@ -958,7 +958,8 @@ def one_line_errors(program):
 
 def parse_config(argv=None):
     """Command line -> Config. Raises UserError on anything unknown, out of range or contradictory."""
-    parser = Parser("sdssl.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    presets = "; ".join(f"{name}: {' '.join(f'{k}={v}' for k, v in values.items())}" for name, values in PRESETS.items())
+    parser = Parser("sdssl.py", description=__doc__.split("\n")[0], epilog=f"What presets change: {presets}", allow_abbrev=False)
     for field in dataclasses.fields(Config):
         flag, help = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (default: {field.default})"
         if field.type is bool:
