@@ -927,8 +927,8 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=24, warmup_epochs=2, batch_size=256,
-                lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5, knn_every=8),  # few steps need a fast teacher
+    "toy": dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=28, warmup_epochs=2, batch_size=256,
+                lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5, knn_every=14),  # few steps need a fast teacher
     "cifar10": dict(arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048, epochs=200, warmup_epochs=10, batch_size=512,
                     lr=5e-4, weight_decay=0.1, m0=0.99, min_crop=0.2, knn_every=10),
     "imagenet": dict(),  # the paper's ViT-S/16, section 4.1: the defaults above
