@@ -1094,8 +1094,12 @@ class Log:
     def step(self, record, tensors, images, waited):
         """Take this step's plain values, its tensors by name, its images, and the seconds it waited for data. Returns read()."""
         before = self.read()
-        self.pending = record, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), images
         self.waited, self.steps = self.waited + waited, self.steps + 1
+        if record["step"] % self.every == 0 or record["step"] == 1:
+            seconds = time.perf_counter() - self.start
+            record |= dict(images_per_s=images * self.steps / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
+            self.restart_clock()
+        self.pending = record, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), images
         return before
 
     def read(self):
@@ -1112,12 +1116,9 @@ class Log:
             self.collapsed = True
             tqdm.write(f"step {record['step']}: the features have collapsed, all images look alike (spread {record['spread']:.4f})")
         self.bar.update(images)
-        if record["step"] % self.every == 0 or record["step"] == 1:
-            seconds = time.perf_counter() - self.start
-            speed = dict(images_per_s=images * self.steps / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
+        if "images_per_s" in record:
             self.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", spread=f"{record['spread']:.2f}")
-            self.write(record | speed)
-            self.restart_clock()
+            self.write(record)
         return record
 
     def write(self, record):

@@ -647,6 +647,7 @@ def test_training_ends_with_the_table_of_all_layers_and_eval_knn_agrees(tmp_path
     *steps, last = log_of(checkpoint)
     assert [s["step"] for s in steps] == [1, 2, 3] and last["knn"] == [pytest.approx([float(a), float(b)], abs=0.051) for _, a, b in rows]
     expected = {"step", "epoch", "lr", "alpha", "m", "loss", "ssl", "isd", "pred", "spread", "grad_norm", "images_per_s", "data_wait", "peak_memory_gib", "broken_images", "stop"}
+    assert all(0 < s["images_per_s"] < 1e5 and 0 <= s["data_wait"] <= 1 for s in steps)
     assert all(expected == s.keys() and all(math.isfinite(v) for v in s.values()) for s in steps)
     eval_knn.main([str(checkpoint)])
     found = json.loads(checkpoint.with_name("knn.json").read_text())["toy"]
