@@ -549,7 +549,7 @@ def one_line(error):
 
 
 class Glyphs:
-    """The toy set: ten bright shapes of random place, size, turn and tint on dark, noisy ground, the same for everyone.
+    """The toy set: ten grey shapes of random place, size, turn and brightness on dark, noisy ground, the same for everyone.
 
     Free colours or textures would defeat the purpose: instance discrimination then lives on them and never sees the shape.
     data: uint8 (n, 3, 32, 32). targets: list of class numbers.
@@ -646,9 +646,12 @@ def open_dataset(data, part):
         raise UserError(f"--data {data}: no folder {folder}; give one of {known}, or a folder with train/<class>/ and val/<class>/ "
                         "(training with --knn-every 0 does without val/)")  # fmt: skip
     try:
-        return torchvision.datasets.ImageFolder(folder, loader=read_rgb)
+        dataset = torchvision.datasets.ImageFolder(folder, loader=read_rgb)
+        if part == "val" and dataset.classes != torchvision.datasets.folder.find_classes(Path(data) / "train")[0]:
+            raise UserError(f"--data {data}: train/ and val/ must have the same classes, else their numbers mean different things")
     except FileNotFoundError as error:
         raise UserError(f"--data {data}: {one_line(error)}") from None
+    return dataset
 
 
 class TwoCrops(Dataset):
@@ -828,8 +831,8 @@ def save_checkpoint(folder, config, model, optimizer, step):
     """
     new, last = folder / "last.new", folder / "last.pt"
     checkpoint = {name: net.state_dict() for name, net in model.trained.items()} | dict(
-        architecture=architecture(config, config.arch), peer_architecture=architecture(config, config.peer), config=dataclasses.asdict(config),
-        model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)  # fmt: skip
+        architecture=architecture(config, config.arch), peer_architecture=architecture(config, config.peer),
+        config=dataclasses.asdict(config), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)  # fmt: skip
     try:
         torch.save(checkpoint, new)
         if last.exists():
@@ -1038,7 +1041,7 @@ def run_folder(config):
     A new one, since earlier runs are never written over; with --resume, and when torchrun restarts us, the newest of its name.
     """
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    base = Path(config.out or f"runs/{Path(config.data).name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
+    base = Path(config.out or f"runs/{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10**4))]
     free = next(i for i, name in enumerate(names) if not name.exists())
     folder = [names[max(0, free - 1) if resume else free]]
@@ -1068,7 +1071,8 @@ def same_run(config, saved, path):
     """Raises UserError, naming the differences, if a checkpoint's configuration would learn something else."""
     names = [field.name for field in dataclasses.fields(config)]
     learned = names[: names.index("out")]
-    differences = [f"--{n.replace('_', '-')} is {saved.get(n)} there, {getattr(config, n)} here" for n in learned if saved.get(n) != getattr(config, n)]
+    pairs = [(n.replace("_", "-"), saved.get(n), getattr(config, n)) for n in learned]
+    differences = [f"--{flag} is {there} there, {here} here" for flag, there, here in pairs if there != here]
     if differences:
         raise UserError(f"cannot go on from {path}: {'; '.join(differences)}")
 
@@ -1110,8 +1114,8 @@ class Log:
         record = record | dict(zip(names, values.tolist()))
         diverged = [name for name in names if not math.isfinite(record[name])]
         if diverged:
-            raise UserError(f"step {record['step']}: {', '.join(diverged)} not finite; the checkpoints in {self.path.parent} are from before. "
-                            "A smaller --lr or a longer --warmup-epochs may help")  # fmt: skip
+            where = f"step {record['step']}: {', '.join(diverged)} not finite; the checkpoints in {self.path.parent} are from before"
+            raise UserError(f"{where}. A smaller --lr or a longer --warmup-epochs may help")
         if record["spread"] < 0.01 and not self.collapsed:
             self.collapsed = True
             tqdm.write(f"step {record['step']}: the features have collapsed, all images look alike (spread {record['spread']:.4f})")
@@ -1186,10 +1190,11 @@ def train(config, asked_to_stop=()):
     sampler = DistributedSampler(dataset, world_size(), rank(), seed=config.seed, drop_last=True)
     keys = Batches(sampler, config.batch_size // world_size(), steps_per_epoch, first, last)
     workers = config.workers if dataset.pixels is None else 0
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=device.type == "cuda" and workers > 0)
+    pin = device.type == "cuda" and dataset.pixels is None
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=pin)
     if rank() == 0:
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
-        print(f"{folder}: step {first} to {last} of {total}, {device.type} x {world_size()}")
+        print(f"{folder}: step {first} to {max(first, last)} of {total}, {device.type} x {world_size()}")
         (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         if first == 0:
             save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)

@@ -735,7 +735,7 @@ def complaint(main, capsys, *argv):
 
 BAD = {  # command line -> what the one line must say
     "--framework dino": "simclr", "--nonsense 1": "--nonsense", "--arch vit_huge": "vit_small", "--preset big": "toy, cifar10, imagenet",
-    "--data nowhere": "nowhere", "--data {empty}": "class", "--data {classless}": "class", "--batch-size 5000": "4096",
+    "--data nowhere": "nowhere", "--data {other}": "same classes", "--data {empty}": "class", "--data {classless}": "class", "--batch-size 5000": "4096",
     "--patch-size 7": "divisible", "--tau nan": "--tau", "--lr -1": "--lr", "--alpha inf": "--alpha", "--epochs 0": "--epochs",
     "--epochs 1.5": "--epochs", "--batch-size many": "--batch-size", "--warmup-epochs 100": "--epochs", "--seed": "--seed",
 }  # fmt: skip
@@ -746,9 +746,13 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing_behind(flags, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "classless" / "train").mkdir(parents=True)
     (tmp_path / "empty" / "train" / "cats").mkdir(parents=True)
-    flags_ = flags.format(empty=tmp_path / "empty", classless=tmp_path / "classless").split()
+    for file in ("train/cats/1.png", "train/cats/2.png", "val/dogs/1.png"):
+        (tmp_path / "other" / file).parent.mkdir(parents=True, exist_ok=True)
+        TF.to_pil_image(images(1)[0]).save(tmp_path / "other" / file)
+    flags_ = flags.format(**{name: tmp_path / name for name in ("empty", "classless", "other")}).split()
+    flags_ += ["--batch-size", "2"] * ("other" in flags)
     assert BAD[flags] in complaint(sdssl.main, capsys, *flags_, *([] if "--data" in flags else ["--preset", "toy"] * ("--preset" not in flags)))
-    assert {p.name for p in tmp_path.iterdir()} == {"classless", "empty"}
+    assert {p.name for p in tmp_path.iterdir()} == {"classless", "empty", "other"}
 
 
 def test_bad_input_that_depends_on_the_machine(tmp_path, capsys, monkeypatch):
