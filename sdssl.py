@@ -63,7 +63,7 @@ def sincos_2d(dim, height, width):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention, (B, N, D) -> (B, N, D); with `queries`, the outputs of the first so many tokens only."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -71,14 +71,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, queries=None):
         B, N, D = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+        return self.proj(F.scaled_dot_product_attention(q[:, :, :queries], k, v).transpose(1, 2).reshape(B, -1, D))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D); with `queries`, the first so many tokens only."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -87,8 +87,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, queries=None):
+        x = x[:, :queries] + self.attn(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -129,8 +129,8 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
         cls = []
-        for block in self.blocks:
-            x = block(x)
+        for block in self.blocks:  # of the last block nobody needs the patches: a twelfth block costs a quarter
+            x = block(x, queries=1 if block is self.blocks[-1] else None)
             cls.append(x[:, 0])
         return self.norm(torch.stack(cls))  # (L, B, D)
 
@@ -170,8 +170,9 @@ def mlp(in_dim, hidden_dim, out_dim, num_layers, last_bn=True):
     No biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no affine part, and BYOL goes without it (last_bn=False).
     With 0 layers x goes through unchanged.
     """
-    widths = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim][: num_layers + 1]
-    layers = []
+    if num_layers == 0:
+        return nn.Identity()
+    widths, layers = [in_dim, *[hidden_dim] * (num_layers - 1), out_dim], []
     for i, (fan_in, fan_out) in enumerate(zip(widths, widths[1:])):
         layers.append(nn.Linear(fan_in, fan_out, bias=False))
         if i < num_layers - 1:
@@ -295,7 +296,7 @@ class SDSSL(nn.Module):
         if framework == "simclr" and distill and mid_layers == 0:
             raise ValueError("SimCLR has no predictor: its intermediate projectors need at least one layer to reach the width of z")
         self.framework, self.distill, self.tau, self.beta = framework, distill, tau, beta
-        self.layers = slice((L - 1) % every, None, every) if distill else slice(L - 1, None)  # K layers with heads, the last included
+        self.layers = slice((L - 1) % every, None, every) if distill else slice(L - 1, None)  # of 12, every 4th: the 4th, 8th, 12th
         *lower, last = backbone.widths[self.layers]
         last_bn = framework != "byol"
         self.backbone = backbone
@@ -316,9 +317,9 @@ class SDSSL(nn.Module):
             return byol_loss(q1, z2) + byol_loss(q2, z1)
         return ctr(q1, z2, self.tau) + ctr(q2, z1, self.tau)
 
-    def p(self, q):
+    def p(self, h):
         """Predictors: K x (B, E) -> (K, B, E)."""
-        return torch.stack(each(self.predictors, q))
+        return torch.stack(each(self.predictors, h))
 
     @torch.no_grad()
     def f_t(self, x):
@@ -335,19 +336,19 @@ class SDSSL(nn.Module):
 
     def objective(self, x1, x2, alpha):
         """Algorithm 1. Returns forward's dict, and the last projections of both views, each (B, E)."""
-        r1, r2 = self.backbone(x1)[self.layers], self.backbone(x2)[self.layers]  # K x (B, D)
-        q1, q2 = each(self.projectors, r1), each(self.projectors, r2)  # f_s = projectors o backbone; K x (B, E)
-        h1, h2, K = q1[-1], q2[-1], len(q1)
+        r1, r2 = self.backbone(x1)[self.layers], self.backbone(x2)[self.layers]  # K x (B, D), K layers with heads
+        h1, h2 = each(self.projectors, r1), each(self.projectors, r2)  # f_s = projectors o backbone; K x (B, E)
         loss_pred = loss_isd = torch.zeros((), device=x1.device)
 
         if self.teacher is None:  # SimCLR: no predictor, and the student's own last projection is the target
-            q1, q2 = torch.stack(q1), torch.stack(q2)
-            z1, z2 = h1, h2
+            q1, q2 = torch.stack(h1), torch.stack(h2)
+            z1, z2 = h1[-1], h2[-1]
         else:
+            q1, q2 = self.p(h1), self.p(h2)  # (K, B, E)
             z1, z2 = self.f_t(x1), self.f_t(x2)
-            if self.distill:  # Eq. 5 sums over layers, L_ssl averages: hence K. sg(h) lets nothing but predictors learn
-                loss_pred = K * self.L_ssl(self.p([h.detach() for h in q1]), self.p([h.detach() for h in q2]), z1, z2)
-            q1, q2 = self.p(q1), self.p(q2)
+            if self.distill:  # Eq. 5: sg(h) lets nothing but the predictors learn
+                sg_q1, sg_q2 = self.p([h.detach() for h in h1]), self.p([h.detach() for h in h2])
+                loss_pred = len(h1) * self.L_ssl(sg_q1, sg_q2, z1, z2)  # it sums over the K layers, L_ssl averages
 
         loss_ssl = self.L_ssl(q1[-1], q2[-1], z1, z2)
         if self.distill:  # Eq. 3: sg(z) lets the lower layers learn from the last, never the last from them
@@ -355,7 +356,7 @@ class SDSSL(nn.Module):
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
 
         spread = F.normalize(r1[-1].detach().float(), dim=-1).std(0).mean() * r1[-1].shape[-1] ** 0.5
-        return dict(loss=loss, ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread), (h1, h2)
+        return dict(loss=loss, ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread), (h1[-1], h2[-1])
 
     @property
     def trained(self):
@@ -422,9 +423,12 @@ VIEWS = [
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
-def seeded(device, *key):
-    """A generator whose numbers follow from `key` alone, (seed, epoch, image) say: nothing has to be stored for a resume."""
-    return torch.Generator(device).manual_seed(random.Random(repr(key)).getrandbits(63))
+def seeded(*key):
+    """A generator whose numbers follow from `key` alone, (seed, epoch, image) say: nothing has to be stored for a resume.
+
+    On the CPU, also for images on a GPU: the views are then the same on every device.
+    """
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
 
 
 def normalize(x):
@@ -467,32 +471,28 @@ def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
 
 def gaussian_blur(x, sigma, radius):
     """Blur x (B, 3, H, W) with sigma (B, 1, 1, 1) pixels per image; kernel of 2 radius + 1 pixels, borders reflected."""
-
-    def matrix(size):  # a blur along one axis is a matrix product: (B, 1, size, size)
-        i, j = torch.arange(size, device=x.device)[:, None], torch.arange(size, device=x.device)
-        offsets = i - j, i + j, i + j - 2 * (size - 1)  # a pixel itself, and its images in the two borders
-        exists = torch.ones_like(i - j, dtype=torch.bool), j.expand(size, size) > 0, j.expand(size, size) < size - 1
-        weights = [torch.exp(-0.5 * (o / sigma) ** 2) * ((o.abs() <= radius) & e) for o, e in zip(offsets, exists)]
-        return sum(weights) / sum(weights).sum(-1, keepdim=True)
-
-    return matrix(x.shape[-2]) @ x @ matrix(x.shape[-1]).mT
+    B, C, H, W = x.shape
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)  # (B, 1, 1, 2 radius + 1)
+    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(C, 0)  # every channel a group of its own
+    x = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)[None]
+    return F.conv2d(F.conv2d(x, kernel, groups=B * C), kernel.mT, groups=B * C).view(B, C, H, W)
 
 
 def augment(x, view, generator):
     """One random view of each image: crops (B, 3, H, W), uint8 or float in [0, 1] -> normalised float (B, 3, H, W).
 
-    view: a row of VIEWS. generator: on x's device. Every image draws its own numbers; only jitter's order is the batch's.
+    view: a row of VIEWS. generator: on the CPU. Every image draws its own numbers; only jitter's order is the batch's.
     """
     x = x / 255 if x.dtype == torch.uint8 else x
 
     def u(low, high):
-        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device, non_blocking=True)
 
     def maybe(p, changed):
         return torch.where(u(0, 1) < p, changed, x)
 
     strengths = [u(1 - s, 1 + s) for s in (view["brightness"], view["contrast"], view["saturation"])]
-    order = random.Random(generator.initial_seed()).sample(range(4), 4)
+    order = torch.randperm(4, generator=generator).tolist()
     x = maybe(view["jitter"], color_jitter(x, *strengths, u(-view["hue"], view["hue"]), order))
     x = maybe(view["gray"], grayscale(x))
     scale = x.shape[-1] / 224
@@ -506,9 +506,9 @@ def random_boxes(n, height, width, scale, generator):
     """n boxes for random resized crops, each (top, left, height, width) in pixels: (4, n) floats, all whole numbers.
 
     As torchvision's RandomResizedCrop: area uniform in `scale` (parts of the image's), log aspect uniform in log 3/4..4/3,
-    the first of ten tries that fits.
+    the first of ten tries that fits; if none does, the first one, cut to the image.
     """
-    area, aspect, top, left = torch.rand(4, n, 10, generator=generator, device=generator.device)
+    area, aspect, top, left = torch.rand(4, n, 10, generator=generator)
     area = (scale[0] + (scale[1] - scale[0]) * area) * height * width
     aspect = torch.exp((2 * aspect - 1) * math.log(4 / 3))
     h, w = (area / aspect).sqrt().round().clamp(min=1), (area * aspect).sqrt().round().clamp(min=1)
@@ -558,7 +558,7 @@ class Glyphs:
     classes = ["disc", "ring", "target", "triangle", "cross", "bar", "dots", "stripes", "checker", "arc"]
 
     def __init__(self, n, seed):
-        g = seeded("cpu", "glyphs", seed)
+        g = seeded("glyphs", seed)
 
         def u(low, high):
             return low + (high - low) * torch.rand(n, 1, 1, generator=g)
@@ -602,7 +602,7 @@ def read_rgb(path):
 def read_or_next(source, i):
     """Image i of a dataset with its label, and None; for a file that cannot be read the next one that can, and a line that names it.
 
-    Runs last for days, and among a million files one may be cut short. More than a hundred in a row are an error.
+    Runs last for days, and among a million files one may be cut short. A hundred in a row are an error.
     """
     complaint = None
     for k in range(100):
@@ -655,10 +655,10 @@ def open_dataset(data, part):
 
 
 class TwoCrops(Dataset):
-    """By lists of keys (epoch, image number): two random crops of each, (2, B, 3, size, size), and complaints about broken files.
+    """Indexed with a list of keys (epoch, image number): two random crops of each, (2, B, 3, size, size), and complaints about broken files.
 
     Sets that torchvision holds in memory become uint8 on the device, and a batch is cut there at once; image files are read
-    and cut by the DataLoader's workers, one at a time. Either way the crops follow from (seed, epoch, image): no two
+    and cut by the DataLoader's workers, one at a time. Either way the crops follow from the seed and the keys: no two
     workers or ranks share them, and a resumed run sees what the uninterrupted one would have seen.
     """
 
@@ -679,15 +679,15 @@ class TwoCrops(Dataset):
             crops, complaints = zip(*(self.crop_file(*key) for key in keys))
             return torch.stack(crops, dim=1), [c for c in complaints if c]  # uint8
         epoch, first = keys[0]  # an image comes once in an epoch, so the first one names the batch
-        generator = seeded(self.pixels.device, self.seed, epoch, first)
-        x = self.pixels[torch.tensor([i for _, i in keys]).to(self.pixels.device, non_blocking=True)] / 255
+        generator, device = seeded(self.seed, epoch, first), self.pixels.device
+        x = self.pixels[torch.tensor([i for _, i in keys]).to(device, non_blocking=True)] / 255
         boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(2)]
-        return torch.stack([crop_and_resize(x, box, self.size) for box in boxes]), []
+        return torch.stack([crop_and_resize(x, box.to(device, non_blocking=True), self.size) for box in boxes]), []
 
     def crop_file(self, epoch, i):
         image, _, complaint = read_or_next(self.source, i)
         image = image.convert("RGB")
-        boxes = random_boxes(2, image.height, image.width, self.scale, seeded("cpu", self.seed, epoch, i)).int().T.tolist()
+        boxes = random_boxes(2, image.height, image.width, self.scale, seeded(self.seed, epoch, i)).int().T.tolist()
         return torch.stack([TF.pil_to_tensor(TF.resized_crop(image, *box, [self.size, self.size])) for box in boxes]), complaint
 
 
@@ -744,7 +744,7 @@ def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
     chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
     for x, out in zip(test_x.split(chunk), scores.split(chunk)):
         similarities, neighbours = (F.normalize(x.float(), dim=-1) @ train_x.T).topk(k)
-        out.scatter_add_(1, train_y[neighbours], (similarities / temperature).exp())
+        out.scatter_add_(1, train_y[neighbours], ((similarities - 1) / temperature).exp())  # exp(-1 / T), common to all, for overflow
     return scores
 
 
@@ -779,7 +779,7 @@ def knn(backbone, train, val, device, k=20, temperature=0.07, workers=0):
 
 def layer_table(accuracies, title):
     """Text: a line a layer with top-1 and top-5 (L, 2) in percent, and a bar for top-1."""
-    lines = [f"{title}", "layer  top-1  top-5"]
+    lines = [title, "layer  top-1  top-5"]
     for layer, (top1, top5) in enumerate(accuracies.tolist(), 1):
         lines.append(f"{layer:5}  {top1:5.1f}  {top5:5.1f}  {'█' * round(top1 / 2)}")
     return "\n".join(lines)
@@ -916,7 +916,7 @@ class Config:
     weight_decay: float = opt(0.1, "AdamW's; none on biases, norms and [CLS]", 0, 10)
     min_crop: float = opt(0.08, "smallest crop, part of the image's area", 0.01, 1)
     seed: int = opt(0, "of everything random", 0, 2**31)
-    # the run: from here on, nothing changes what is learned, and a resumed run may have other values
+    # the run: where and how, not what is learned; a resumed run may have other values
     out: str = opt("", "run folder; by default runs/ and a name that tells data, framework and seed")
     resume: bool = opt(False, "continue the newest run of this name, if there is one, from its last checkpoint; torchrun's restarts do")
     save_every: int = opt(0, "steps between two checkpoints, besides the one each epoch; 0: none", 0)
@@ -988,9 +988,10 @@ def check(config):
         if field.type in (int, float) and not low <= value <= high:  # nan fails every comparison
             raise UserError(f"argument --{field.name.replace('_', '-')}: {value} is not between {low} and {high}")
     if config.warmup_epochs > config.epochs:
-        raise UserError(f"argument --warmup-epochs: {config.warmup_epochs} is more than --epochs {config.epochs}")
-    if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
-        raise UserError(f"argument --batch-size: {config.batch_size} is not divisible by {os.environ['WORLD_SIZE']} ranks")
+        raise UserError(f"argument --warmup-epochs: {config.warmup_epochs} is more than --epochs {config.epochs}; make it smaller")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if config.batch_size % ranks or config.batch_size == ranks:  # BatchNorm has nothing to say about one image
+        raise UserError(f"argument --batch-size: {config.batch_size} is not a multiple of {ranks} ranks, with two images or more for each")
     try:
         with torch.device("meta"):
             build_model(config)
@@ -1059,7 +1060,7 @@ def run_folder(config):
 def save_views(path, dataset, keys, seed):
     """A picture of what the network sees: in each column an image, its view 1 and its view 2."""
     crops, _ = dataset.__getitems__(keys)
-    views = [augment(x, view, seeded(x.device, seed, "picture", i)).cpu() for i, (x, view) in enumerate(zip(crops, VIEWS))]
+    views = [augment(x, view, seeded(seed, "picture", i)).cpu() for i, (x, view) in enumerate(zip(crops, VIEWS))]
     whole = CentreCrops(dataset.source, dataset.size)
     images = normalize(torch.stack([whole[i][0] for _, i in keys]))
     grid = torchvision.utils.make_grid(torch.cat([images, *views]), nrow=len(keys), padding=1)
@@ -1083,46 +1084,38 @@ def every_nth(dataset, most):
 
 
 class Log:
-    """log.jsonl and the progress bar, on rank 0. Numbers on the device are read a step late, so that the host never waits for it."""
+    """log.jsonl, written by rank 0, and the clock between its lines."""
 
-    def __init__(self, folder, every, bar, first):
-        self.path, self.every, self.bar, self.pending, self.collapsed = folder / "log.jsonl", every, bar, None, False
+    def __init__(self, folder, first):
+        self.path, self.collapsed = folder / "log.jsonl", False
         if rank() == 0 and self.path.exists():  # of a resumed run: what it did after its checkpoint, it will do again
-            lines = [line for line in self.path.read_text().splitlines(True) if json.loads(line)["step"] <= first]
-            self.path.write_text("".join(lines))
+            whole = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
         self.restart_clock()
 
     def restart_clock(self):
-        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        self.start, self.waited, self.images = time.perf_counter(), 0.0, 0
 
-    def step(self, record, tensors, images, waited):
-        """Take this step's plain values, its tensors by name, its images, and the seconds it waited for data. Returns read()."""
-        before = self.read()
-        self.waited, self.steps = self.waited + waited, self.steps + 1
-        if record["step"] % self.every == 0 or record["step"] == 1:
-            seconds = time.perf_counter() - self.start
-            record |= dict(images_per_s=images * self.steps / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
-            self.restart_clock()
-        self.pending = record, list(tensors), torch.stack([t.detach().float() for t in tensors.values()]), images
-        return before
+    def read(self, record, tensors):
+        """Complete and write a step's record with its tensors, averaged over ranks: only here the host waits for the device.
 
-    def read(self):
-        """All numbers of the pending step by name, {} if none is pending; logged if due. UserError if one is not finite."""
-        if self.pending is None:
-            return {}
-        (record, names, values, images), self.pending = self.pending, None
-        record = record | dict(zip(names, values.tolist()))
-        diverged = [name for name in names if not math.isfinite(record[name])]
+        Returns the record, the same on all ranks; UserError if a number is not finite.
+        """
+        values = torch.stack([t.detach().float() for t in tensors.values()])
+        if world_size() > 1:
+            dist.all_reduce(values)
+        record |= dict(zip(tensors, (values / world_size()).tolist()))
+        seconds = time.perf_counter() - self.start
+        record |= dict(images_per_s=self.images / seconds, data_wait=self.waited / seconds, peak_memory_gib=peak_memory())
+        diverged = [name for name in tensors if not math.isfinite(record[name])]
         if diverged:
             where = f"step {record['step']}: {', '.join(diverged)} not finite; the checkpoints in {self.path.parent} are from before"
             raise UserError(f"{where}. A smaller --lr or a longer --warmup-epochs may help")
-        if record["spread"] < 0.01 and not self.collapsed:
+        if record["spread"] < 0.01 and not self.collapsed and rank() == 0:
             self.collapsed = True
             tqdm.write(f"step {record['step']}: the features have collapsed, all images look alike (spread {record['spread']:.4f})")
-        self.bar.update(images)
-        if "images_per_s" in record:
-            self.bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{record['lr']:.1e}", spread=f"{record['spread']:.2f}")
-            self.write(record)
+        self.write(record)
+        self.restart_clock()
         return record
 
     def write(self, record):
@@ -1148,7 +1141,7 @@ def peak_memory():
     """GiB, of the device under CUDA, else of this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def train(config, asked_to_stop=()):
@@ -1200,13 +1193,13 @@ def train(config, asked_to_stop=()):
             save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)
 
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
-    log, broken, batches = Log(folder, config.log_every, bar, first), set(), iter(loader)
+    log, named, replaced, batches = Log(folder, first), set(), 0, iter(loader)
     with bar:  # closed before an error is printed
         for step in range(first, last):
             start = time.perf_counter()
             crops, complaints = next(batches)
             crops = crops.to(device, non_blocking=True)  # (2, B, 3, H, W)
-            waited = time.perf_counter() - start
+            log.waited += time.perf_counter() - start
 
             lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
             alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
@@ -1214,41 +1207,43 @@ def train(config, asked_to_stop=()):
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            x1, x2 = (augment(x, view, seeded(device, config.seed, step, rank(), i)) for i, (x, view) in enumerate(zip(crops, VIEWS)))
+            x1, x2 = (augment(x, view, seeded(config.seed, step, rank(), i)) for i, (x, view) in enumerate(zip(crops, VIEWS)))
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda"):
-                terms = ddp(x1, x2, torch.full((), alpha, device=device))
+                terms = ddp(x1, x2, torch.full((), alpha, device=device))  # a plain number would be compiled anew each step
             optimizer.zero_grad()
             terms["loss"].backward()
             optimizer.step()
             model.update_teacher(m)
 
-            grad_norm = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])).norm()
-            stop = torch.full((), float(bool(asked_to_stop)), device=device)
-            if world_size() > 1:
-                dist.all_reduce(stop)  # read a step late like all numbers, so all ranks stop after the same step
-            epoch = (step + 1) / steps_per_epoch
-            plain = dict(step=step + 1, epoch=epoch, lr=lr, alpha=alpha, m=m, broken_images=len(broken))
-            stopping = log.step(plain, terms | dict(grad_norm=grad_norm, stop=stop), config.batch_size, waited).get("stop", 0) > 0
+            bar.update(config.batch_size)
+            log.images += config.batch_size
+            for complaint in set(complaints) - named:
+                tqdm.write(f"unreadable image, another takes its place: {complaint}")
+            named, replaced = named | set(complaints), replaced + len(complaints)
 
-            for complaint in complaints:
-                if complaint not in broken:
-                    tqdm.write(f"unreadable image, another takes its place: {complaint}")
-                    broken.add(complaint)
-            if len(broken) > 0.01 * len(dataset):
-                raise UserError(f"{len(broken)} of {len(dataset)} images cannot be read: more than 1 %")
-
-            if stopping or epoch == int(epoch) or step + 1 == last or config.save_every and (step + 1) % config.save_every == 0:
-                log.read()  # what is not finite is not saved
+            done, epoch, stop = step + 1, (step + 1) / steps_per_epoch, False
+            save = epoch == int(epoch) or done == last or config.save_every and done % config.save_every == 0
+            if save or done % config.log_every == 0 or asked_to_stop and world_size() == 1:  # ranks agree when they next log
+                grads = [p.grad for p in model.parameters() if p.grad is not None]
+                terms["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
+                terms["stop"] = torch.full((), float(bool(asked_to_stop)), device=device)
+                terms["broken_images"] = torch.full((), float(replaced * world_size()), device=device)  # averaged: the sum
+                record = log.read(dict(step=done, epoch=epoch, lr=lr, alpha=alpha, m=m), terms)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{lr:.1e}", spread=f"{record['spread']:.2f}")
+                seen = len(dataset) * (math.ceil(epoch) - first // steps_per_epoch)
+                if record["broken_images"] > 0.01 * seen:
+                    raise UserError(f"{record['broken_images']:g} of {seen} images could not be read: more than 1 %")
+                stop = record["stop"] > 0
+            if (save or stop) and rank() == 0:
+                save_checkpoint(folder, config, model, optimizer, done)
+            if stop:
                 if rank() == 0:
-                    save_checkpoint(folder, config, model, optimizer, step + 1)
-            if stopping:
-                if rank() == 0:
-                    tqdm.write(f"stopped after step {step + 1}, saved in {folder}; the same command with --resume goes on")
+                    tqdm.write(f"stopped after step {done}, saved in {folder}; the same command with --resume goes on")
                 break
-            if config.knn_every and (step + 1 == last or epoch % config.knn_every == 0):
+            if config.knn_every and (done == last or epoch % config.knn_every == 0):
                 for name, backbone in model.trained.items():
                     accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
-                    log.write(dict(step=step + 1, epoch=epoch, network=name, knn=accuracies.tolist()))
+                    log.write(dict(step=done, epoch=epoch, network=name, knn=accuracies.tolist()))
                     if rank() == 0:
                         tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
                 model.train()
