@@ -18,9 +18,11 @@ data -> k-NN -> schedules -> checkpoint -> training -> command line. Sections 1 
 
 B images in a batch, N tokens, D embedding width, L blocks, E head output; view 1 and view 2 of an image are x1 and x2.
 """
+import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -30,7 +32,6 @@ import signal
 import sys
 import textwrap
 import time
-from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction
 from collections import OrderedDict
 from pathlib import Path
 
@@ -614,10 +615,17 @@ def read_or_next(source, i):
     raise UserError(f"a hundred unreadable images in a row; the first is {complaint}")
 
 
-TORCHVISION = {  # name: part ("pretrain", "train" or "val") -> a dataset of (PIL image, class number)
-    "cifar10": lambda part: torchvision.datasets.CIFAR10(ROOT, train=part != "val", download=True),
-    "cifar100": lambda part: torchvision.datasets.CIFAR100(ROOT, train=part != "val", download=True),
-    "stl10": lambda part: torchvision.datasets.STL10(ROOT, dict(pretrain="unlabeled", train="train", val="test")[part], download=True),
+TORCHVISION = {  # name: torchvision's class, arguments of its training part, of its test part, of what is pretrained on if that differs
+    "cifar10": ("CIFAR10", dict(train=True), dict(train=False)),
+    "cifar100": ("CIFAR100", dict(train=True), dict(train=False)),
+    "stl10": ("STL10", dict(split="train"), dict(split="test"), dict(split="unlabeled")),
+    "svhn": ("SVHN", dict(split="train"), dict(split="test")),
+    "flowers102": ("Flowers102", dict(split="train"), dict(split="test")),
+    "pets": ("OxfordIIITPet", dict(split="trainval"), dict(split="test")),
+    "aircraft": ("FGVCAircraft", dict(split="trainval"), dict(split="test")),
+    "cars": ("StanfordCars", dict(split="train"), dict(split="test")),
+    "food101": ("Food101", dict(split="train"), dict(split="test")),
+    "dtd": ("DTD", dict(split="train"), dict(split="test")),
 }
 
 
@@ -632,11 +640,17 @@ def open_dataset(data, part):
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a node downloads, the others then find the files
         if world_size() > 1 and not first:
             dist.barrier()
+        name, train, val, *pretrain = TORCHVISION[data]
+        arguments = dict(train=train, val=val, pretrain=pretrain[0] if pretrain else train)[part]
+        build = functools.partial(getattr(torchvision.datasets, name), ROOT, **arguments)
         try:
-            dataset = TORCHVISION[data](part)
-        except (OSError, RuntimeError) as error:
-            where = Path(ROOT).resolve()
-            raise UserError(f"cannot download {data} ({one_line(error)}); put the files torchvision expects into {where}") from None
+            dataset = build(download=False)
+        except RuntimeError:  # not there yet
+            try:
+                dataset = build(download=True)
+            except (OSError, RuntimeError, ValueError) as error:
+                where = Path(ROOT).resolve()
+                raise UserError(f"cannot download {data} ({one_line(error)}); put the files torchvision expects into {where}") from None
         if world_size() > 1 and first:
             dist.barrier()
         return dataset
@@ -662,6 +676,8 @@ class TwoCrops(Dataset):
     workers or ranks share them, and a resumed run sees what the uninterrupted one would have seen.
     """
 
+    crops = 2  # of each image; a linear probe takes one
+
     def __init__(self, source, size, min_crop, seed, device="cpu"):
         self.source, self.size, self.scale, self.seed = source, size, (min_crop, 1.0), seed
         data = getattr(source, "data", None)
@@ -681,13 +697,13 @@ class TwoCrops(Dataset):
         epoch, first = keys[0]  # an image comes once in an epoch, so the first one names the batch
         generator, device = seeded(self.seed, epoch, first), self.pixels.device
         x = self.pixels[torch.tensor([i for _, i in keys]).to(device, non_blocking=True)] / 255
-        boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(2)]
+        boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(self.crops)]
         return torch.stack([crop_and_resize(x, box.to(device, non_blocking=True), self.size) for box in boxes]), []
 
     def crop_file(self, epoch, i):
         image, _, complaint = read_or_next(self.source, i)
         image = image.convert("RGB")
-        boxes = random_boxes(2, image.height, image.width, self.scale, seeded(self.seed, epoch, i)).int().T.tolist()
+        boxes = random_boxes(self.crops, image.height, image.width, self.scale, seeded(self.seed, epoch, i)).int().T.tolist()
         return torch.stack([TF.pil_to_tensor(TF.resized_crop(image, *box, [self.size, self.size])) for box in boxes]), complaint
 
 
@@ -750,11 +766,16 @@ def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
 
 @torch.no_grad()
 def extract(backbone, dataset, device, workers=0, batch_size=256):
-    """The frozen representation of every layer: L x (M, D_l) in float16 (ImageNet x 12 layers must fit), and labels (M,)."""
+    """The frozen representation of every layer, L x (M, D_l) in float16 (ImageNet x 12 layers must fit), and the labels (M,).
+
+    Of M images, rank r gets the r-th, the (r + world_size)-th, ...; all get equally many, padded with label -1. On the CPU.
+    """
     backbone.eval()
-    features = [torch.empty(len(dataset), width, dtype=torch.float16) for width in backbone.widths]
-    labels, start = torch.empty(len(dataset), dtype=torch.long), 0
-    for images, y in DataLoader(dataset, batch_size, num_workers=workers):
+    share = range(rank(), len(dataset), world_size())
+    most = math.ceil(len(dataset) / world_size())
+    features = [torch.zeros(most, width, dtype=torch.float16) for width in backbone.widths]
+    labels, start = torch.full((most,), -1), 0
+    for images, y in DataLoader(Subset(dataset, share), batch_size, num_workers=workers):
         for layer, r in zip(features, backbone(normalize(images.to(device)))):
             layer[start : start + len(y)] = r.cpu()
         labels[start : start + len(y)] = y
@@ -762,26 +783,35 @@ def extract(backbone, dataset, device, workers=0, batch_size=256):
     return features, labels
 
 
-def knn(backbone, train, val, device, k=20, temperature=0.07, workers=0):
-    """k-NN accuracy of every layer: (L, 2), top-1 and top-5 in percent. Ranks share the work and all get the answer."""
-    share, even = (lambda n: range(rank(), n, world_size())), len(train) // world_size() * world_size()
-    train_x, train_y = extract(backbone, Subset(train, share(even)), device, workers)
-    val_x, val_y = extract(backbone, Subset(val, share(len(val))), device, workers)
-    train_y, val_y = gather(train_y.to(device)), val_y.to(device)
-    num_classes = 1 + int(max(train_y.max(), gather(val_y.max()[None]).max()))
-    hits = []
-    for bank, x in zip(train_x, val_x):
-        scores = knn_scores(gather(bank.to(device)), train_y, x.to(device), num_classes, min(k, even), temperature)
+def gather_images(x, labels):
+    """Of all ranks' shares x (M, ...) and labels (M,): the images that are no padding, and their labels."""
+    x, labels = gather(x), gather(labels)
+    return x[labels >= 0], labels[labels >= 0]
+
+
+def knn(train, val, device, k=20, temperature=0.07):
+    """k-NN accuracy of every layer: (L, 2), top-1 and top-5 in percent. Ranks share the work and all get the answer.
+
+    train, val: as `extract` returns them, features on the CPU and labels; one layer at a time goes to the device.
+    """
+    (train_x, train_y), (val_x, val_y) = train, val
+    train_y, val_y = train_y.to(device), val_y.to(device)
+    num_classes, hits = 1 + int(gather(train_y).max()), []
+    for layer, x in zip(train_x, val_x):
+        bank, bank_y = gather_images(layer.to(device), train_y)
+        scores = knn_scores(bank, bank_y, x.to(device), num_classes, min(k, len(bank)), temperature)
         correct = scores.topk(min(5, num_classes)).indices == val_y[:, None]
         hits.append(torch.stack([correct[:, 0].sum(), correct.sum()]))
-    return 100 * gather(torch.stack(hits)[None]).sum(0).cpu() / len(val)
+    return 100 * gather(torch.stack(hits)[None]).sum(0).cpu() / int((gather(val_y) >= 0).sum())
 
 
-def layer_table(accuracies, title):
-    """Text: a line a layer with top-1 and top-5 (L, 2) in percent, and a bar for top-1."""
-    lines = [title, "layer  top-1  top-5"]
-    for layer, (top1, top5) in enumerate(accuracies.tolist(), 1):
-        lines.append(f"{layer:5}  {top1:5.1f}  {top5:5.1f}  {'█' * round(top1 / 2)}")
+def layer_table(columns, title, bars=True):
+    """Text: a line a layer with the numbers in columns (name: one number a layer), and a bar for the first column, in percent."""
+    first = next(iter(columns.values()))
+    lines = [title, "layer  " + "  ".join(f"{name:>5}" for name in columns)]
+    for layer, row in enumerate(zip(*columns.values())):
+        numbers = "  ".join(f"{value:{max(5, len(name))}.{1 if abs(value) >= 10 else 3}f}" for name, value in zip(columns, row))
+        lines.append(f"{layer + 1:5}  {numbers}" + f"  {'█' * round(first[layer] / 2)}" * bars)
     return "\n".join(lines)
 
 
@@ -842,17 +872,18 @@ def save_checkpoint(folder, config, model, optimizer, step):
         raise UserError(f"cannot write the checkpoint of step {step} ({one_line(error)}); the one before is still in {folder}") from None
 
 
-def load_checkpoint(path):
-    """A checkpoint of ours as a dict of tensors and plain values. Raises UserError if there is none that can be read."""
+def load_checkpoint(path, foreign=False):
+    """A checkpoint as a dict of tensors and plain values; ours, unless `foreign`. Raises UserError if there is none that can be read."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if {"backbone", "architecture", "config"} <= checkpoint.keys():
-            return checkpoint
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain values too; DINO's checkpoints have one
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}") from None
     except Exception as error:  # cut short, not a checkpoint, a pickle that wants to run code: torch raises many kinds
         raise UserError(f"cannot read {path} ({one_line(error)}); where there is a previous.pt beside it, that is the one before") from None
-    raise UserError(f"{path} is not a checkpoint of sdssl.py")
+    if not isinstance(checkpoint, dict) or not (foreign or {"backbone", "architecture", "config"} <= checkpoint.keys()):
+        raise UserError(f"{path} is not a checkpoint of sdssl.py")
+    return checkpoint
 
 
 def load_backbone(path, which="teacher", device="cpu"):
@@ -939,7 +970,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-class Parser(ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Bad usage is a UserError like any other."""
 
     def error(self, message):
@@ -966,9 +997,9 @@ def parse_config(argv=None):
     for field in dataclasses.fields(Config):
         flag, help = "--" + field.name.replace("_", "-"), f"{field.metadata['help']} (default: {field.default})"
         if field.type is bool:
-            parser.add_argument(flag, action=BooleanOptionalAction, default=SUPPRESS, help=help)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
         else:
-            parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=SUPPRESS, help=help)
+            parser.add_argument(flag, type=field.type, choices=field.metadata["choices"], default=argparse.SUPPRESS, help=help)
     given = vars(parser.parse_args(argv))
     data = given.get("data", "toy")
     preset = given.get("preset") or {"toy": "toy", "cifar10": "cifar10", "cifar100": "cifar10"}.get(data, "imagenet")
@@ -1242,10 +1273,11 @@ def train(config, asked_to_stop=()):
                 break
             if config.knn_every and (done == last or epoch % config.knn_every == 0):
                 for name, backbone in model.trained.items():
-                    accuracies = knn(backbone, knn_train, knn_val, device, workers=workers)
+                    accuracies = knn(*(extract(backbone, part, device, workers) for part in (knn_train, knn_val)), device)
                     log.write(dict(step=done, epoch=epoch, network=name, knn=accuracies.tolist()))
                     if rank() == 0:
-                        tqdm.write(layer_table(accuracies, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
+                        columns = {"top-1": accuracies[:, 0].tolist(), "top-5": accuracies[:, 1].tolist()}
+                        tqdm.write(layer_table(columns, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
                 model.train()
                 log.restart_clock()
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """pytest -q: every piece of sdssl.py against something independent of it - a naive loop, a formula, torchvision's module,
 a literal transcription of the paper's Algorithm 1, one process against two, the real command line in a real process."""
+import argparse
 import ast
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import nn
 from torchvision.transforms import functional as TF
 
 import eval_knn
+import eval_linear
 import sdssl
 from sdssl import SDSSL, VisionTransformer, byol_loss, ctr, knn_scores, load_backbone, mlp, nt_xent, sincos_2d
 
@@ -651,8 +654,8 @@ def test_training_ends_with_the_table_of_all_layers_and_eval_knn_agrees(tmp_path
     assert all(0 < s["images_per_s"] < 1e5 and 0 <= s["data_wait"] <= 1 for s in steps)
     assert all(expected == s.keys() and all(math.isfinite(v) for v in s.values()) for s in steps)
     eval_knn.main([str(checkpoint)])
-    found = json.loads(checkpoint.with_name("knn.json").read_text())["toy"]
-    torch.testing.assert_close(torch.tensor([found["top1"], found["top5"]]).T, torch.tensor(last["knn"]))
+    found = json.loads(checkpoint.with_name("knn.json").read_text())["toy"]["teacher"]
+    torch.testing.assert_close(torch.tensor([found["top-1"], found["top-5"]]).T, torch.tensor(last["knn"]))
     assert TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(checkpoint.with_name("views.png"))).float().std() > 20
 
 
@@ -721,8 +724,8 @@ def test_torchrun_with_two_ranks_trains_and_evaluates_like_one(tmp_path, folder)
     checkpoint = tmp_path / "run" / "last.pt"
     assert [line["step"] for line in log_of(checkpoint)] == [2, 4, 4] and result.stderr.count("k-NN accuracy of every layer") <= 1
     eval_knn.main([str(checkpoint), "--workers", "0"])
-    alone = json.loads(checkpoint.with_name("knn.json").read_text())[str(folder)]
-    assert [a for a, _ in log_of(checkpoint)[-1]["knn"]] == pytest.approx(alone["top1"])
+    alone = json.loads(checkpoint.with_name("knn.json").read_text())[str(folder)]["teacher"]
+    assert [a for a, _ in log_of(checkpoint)[-1]["knn"]] == pytest.approx(alone["top-1"])
 
 
 def complaint(main, capsys, *argv):
@@ -763,10 +766,10 @@ def test_bad_input_that_depends_on_the_machine(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--device cpu" in complaint(sdssl.main, capsys, "--device", "cuda")
 
-    def no_network(part):
-        raise OSError("no network")
+    def no_network(root, train, download):
+        raise (OSError if download else RuntimeError)("no network")
 
-    monkeypatch.setitem(sdssl.TORCHVISION, "cifar10", no_network)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", no_network)
     assert str(pathlib.Path(sdssl.ROOT).resolve()) in complaint(sdssl.main, capsys, "--data", "cifar10")
     monkeypatch.setitem(sdssl.ARCHS, "vit_toy", dict(embed_dim=64, depth=6, num_heads=5))
     assert "5 heads" in complaint(sdssl.main, capsys)
@@ -778,10 +781,331 @@ def test_bad_checkpoints_are_one_line(tmp_path, capsys):
     cut.write_bytes(good.read_bytes()[:5000])
     torch.save(dict(state_dict={}), foreign)
     capsys.readouterr()
-    for path, word in ((tmp_path / "none.pt", "no checkpoint"), (cut, "cannot read"), (foreign, "not a checkpoint")):
-        assert word in complaint(eval_knn.main, capsys, path)
+    for path, word in ((tmp_path / "none.pt", "no checkpoint"), (cut, "cannot read"), (foreign, "cls_token")):
+        for script in (eval_knn, eval_linear):
+            assert word in complaint(script.main, capsys, path, "--data", "toy")
+    with pytest.raises(sdssl.UserError, match="not a checkpoint"):
+        load_backbone(foreign)
     assert "4096" in complaint(eval_knn.main, capsys, good, "--k", 5000)
     assert "--tau is 0.2 there, 0.3 here" in complaint(sdssl.main, capsys, *TINY, "--out", tmp_path / "run", "--tau", 0.3, "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: eval_knn.py and eval_linear.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_average_precision_is_the_mean_precision_at_every_hit():
+    torch.manual_seed(0)
+    train_x, train_y, test_x, test_y = torch.randn(40, 5), torch.randint(0, 3, (40,)), torch.randn(6, 5), torch.tensor([0, 1, 2, 0, 1, 7])
+    found = eval_knn.average_precision(train_x, train_y, test_x, test_y)
+    for m in range(6):
+        ranked = [int(train_y[n]) for n in sorted(range(40), key=lambda n: -float(unit(test_x[m]) @ unit(train_x[n])))]
+        hits = [i for i, c in enumerate(ranked) if c == test_y[m]]
+        naive = [(ranked[: i + 1].count(int(test_y[m]))) / (i + 1) for i in hits]
+        assert float(found[m]) == pytest.approx(sum(naive) / len(naive) if naive else 0)
+
+
+@pytest.mark.parametrize("gamma", [2, 1, 0.5])
+def test_alignment_uniformity_and_negative_alignment_are_equations_7_to_9(gamma, monkeypatch):
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 1100, 4)  # more rows than are compared at a time
+    ux, uy = unit(x), unit(y)
+    assert float(eval_knn.alignment(x, y, gamma)) == pytest.approx(sum(float((a - b).norm()) ** gamma for a, b in zip(ux, uy)) / 1100, rel=1e-4)
+    distances = torch.pdist(ux.double())
+    assert float(eval_knn.negative_alignment(x, gamma)) == pytest.approx(float(distances.pow(gamma).mean()), rel=1e-4)
+    assert float(eval_knn.uniformity(x, t=gamma)) == pytest.approx(math.log(float((-gamma * distances**2).exp().mean())), rel=1e-4)
+
+
+def test_linear_cka_compares_centred_gram_matrices():
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 5), torch.randn(30, 7)
+    H = torch.eye(30) - 1 / 30
+    k, l = H @ x @ x.T @ H, H @ y @ y.T @ H
+    assert float(eval_knn.linear_cka(x, y)) == pytest.approx(float((k * l).sum() / ((k * k).sum() * (l * l).sum()).sqrt()), rel=1e-4)
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    assert float(eval_knn.linear_cka(x, 3 * x @ turn + 1)) == pytest.approx(1, abs=1e-6)
+
+
+def test_every_named_set_is_one_torchvision_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(sdssl, "ROOT", str(tmp_path))
+    for name in sdssl.TORCHVISION:
+        asked = []
+        real = getattr(torchvision.datasets, sdssl.TORCHVISION[name][0])
+
+        def offline(root, download, real=real, asked=asked, **arguments):
+            asked.append(arguments)
+            return real(root, download=False, **arguments)  # an unknown split would be a ValueError here, not "not found"
+
+        monkeypatch.setattr(torchvision.datasets, sdssl.TORCHVISION[name][0], offline)
+        for part in ("pretrain", "train", "val"):
+            with pytest.raises(sdssl.UserError, match="(?i)not found|scipy"):
+                sdssl.open_dataset(name, part)
+        assert asked[0] == asked[1] and asked[2] == asked[3] != asked[4] == asked[5]
+
+
+def test_labels_are_those_of_the_images(folder):
+    for dataset in (sdssl.open_dataset(str(folder), "train"), sdssl.Glyphs(30, seed=0), [("image", 4), ("image", 2)]):
+        assert eval_knn.labels_of(dataset).tolist() == [label for _, label in dataset]
+    assert eval_knn.labels_of(argparse.Namespace(_labels=[3, 1])).tolist() == [3, 1]
+    assert eval_knn.labels_of(argparse.Namespace(_samples=[("a", 1), ("b", 0)])).tolist() == [1, 0]
+
+
+def foreign_weights(depth=3):
+    """A ViT with learned positions, and its weights in the ways of timm, MoCo v3 and DINO."""
+    torch.manual_seed(0)
+    vit = tiny_vit(depth)
+    nn.init.normal_(vit.pos_embed)
+    other = {name: torch.randn_like(w) for name, w in vit.state_dict().items()}
+    w, head = vit.state_dict(), {"head.weight": torch.zeros(2, 16), "head.bias": torch.zeros(2)}
+
+    def prefixed(prefix, weights):
+        return {prefix + name: value for name, value in weights.items()}
+
+    moco = prefixed("module.momentum_encoder.", w | head) | prefixed("module.base_encoder.", other | head) | {"module.predictor.0.weight": torch.ones(2)}
+    return vit, {
+        "timm": w | head,
+        "mocov3": dict(epoch=300, arch="vit_small", state_dict=moco, optimizer=dict(state={0: dict(step=torch.ones(()))})),
+        "dino": dict(teacher=prefixed("backbone.", w) | {"head.mlp.0.weight": torch.ones(2)}, student=prefixed("module.backbone.", other), args=argparse.Namespace(lr=1)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["timm", "mocov3", "dino"])
+def test_foreign_weights_give_the_same_network_with_its_learned_positions(kind, tmp_path):
+    vit, files = foreign_weights()
+    torch.save(files[kind], tmp_path / "weights.pth.tar")
+    args = argparse.Namespace(data="toy", which="teacher", num_heads=4)
+    backbone, data, size, _ = eval_knn.open_network(tmp_path / "weights.pth.tar", args, [], "cpu")
+    x = torch.randn(2, 3, 16, 16)
+    assert (data, size) == ("toy", 16) and torch.equal(backbone(x), vit(x))
+    if kind != "timm":
+        args.which = "student"
+        assert not torch.equal(eval_knn.open_network(tmp_path / "weights.pth.tar", args, [], "cpu")[0](x), vit(x))
+
+
+def test_foreign_weights_that_do_not_fit_are_refused_with_a_list(tmp_path, capsys):
+    weights = foreign_weights()[1]["timm"]
+
+    def said(change, *flags):
+        torch.save({name: w for name, w in (weights | change).items() if w is not None}, tmp_path / "weights.pth")
+        return complaint(eval_knn.main, capsys, tmp_path / "weights.pth", "--data", "toy", *flags)
+
+    assert "--num-heads" in said({}) and "5 heads" in said({}, "--num-heads", 5)
+    fits = ("--num-heads", 4)
+    assert "missing: blocks.1.norm1.bias, norm.weight" in said({"norm.weight": None, "blocks.1.norm1.bias": None}, *fits)
+    assert "unexpected: reg_token" in said({"reg_token": torch.zeros(1)}, *fits)
+    assert "of another shape: blocks.0.mlp.fc1.weight" in said({"blocks.0.mlp.fc1.weight": torch.zeros(32, 16)}, *fits)
+    assert "cannot infer" in said({"patch_embed.proj.weight": None}, *fits)
+    assert "--data" in complaint(eval_knn.main, capsys, tmp_path / "weights.pth", "--num-heads", 4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two short runs to evaluate: with and without self-distillation."""
+    root = tmp_path_factory.mktemp("trained")
+    for name in ("distill", "no-distill"):
+        sdssl.main([*TINY, "--max-steps", "4", "--knn-every", "0", "--out", str(root / name), f"--{name}"])
+    return root / "distill" / "last.pt", root / "no-distill" / "last.pt"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The toy set with fewer images."""
+    sets = dict(train=sdssl.Glyphs(1000, seed=0), val=sdssl.Glyphs(300, seed=1))
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sets[part])
+    return sets
+
+
+def test_eval_knn_measures_every_layer_of_two_checkpoints_side_by_side(trained, small, tmp_path, capsys):
+    eval_knn.main([*map(str, trained), "--retrieval", "--analysis"])
+    printed = capsys.readouterr().out
+    for i, path in enumerate(trained):
+        found = json.loads(path.with_name("knn.json").read_text())["toy"]["teacher"]
+        features, labels = sdssl.extract(load_backbone(path), sdssl.CentreCrops(small["val"], 32), "cpu")
+        assert torch.tensor(found["cka"])[1, 4] == pytest.approx(float(eval_knn.linear_cka(features[1], features[4])), rel=1e-3)
+        bank, bank_labels = sdssl.extract(load_backbone(path), sdssl.CentreCrops(small["train"], 32), "cpu")
+        expected = 100 * eval_knn.average_precision(bank[2], bank_labels, features[2], labels).mean()
+        assert found["mAP"][2] == pytest.approx(float(expected), rel=1e-3) and 10 < found["mAP"][2] < 100
+        assert found["R"] == pytest.approx([n / p for n, p in zip(found["neg. align"], found["align"])])
+        column = re.search(r"\nmAP\nlayer +\(1\) +\(2\)\n((?: .*\n)+)", printed)[1].split()[1 + i :: 3]
+        assert [float(value) for value in column] == pytest.approx(found["mAP"], abs=0.051)
+        assert min(found["-unif"]) > 0 and min(found["align"]) > 0
+    picture = TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(trained[1].with_name("cka.png")))
+    assert picture.shape == (3, 24 * 6 + 24, 2 * (24 * 6 + 12) + 12)
+    assert picture[:, 24 * 6, 24].tolist() == [255, 255, 255]  # layer 1 with itself, bottom left
+
+    features_file = tmp_path / "f.npz"
+    eval_knn.main([str(trained[0]), "--save-features", str(features_file)])
+    saved = numpy.load(features_file)
+    features, labels = sdssl.extract(load_backbone(trained[0]), sdssl.CentreCrops(small["val"], 32), "cpu")
+    assert sorted(saved.files) == ["labels", *(f"layer{i}" for i in range(1, 7))] and (saved["labels"] == labels.numpy()).all()
+    assert (saved["layer4"] == features[3].numpy()).all()
+    assert "new file" in complaint_after_output(eval_knn.main, capsys, trained[0], "--save-features", features_file)
+
+
+def test_positives_are_two_views_of_the_same_image(trained):
+    backbone, source = load_backbone(trained[0]), sdssl.Glyphs(20, seed=5)
+    first, second = eval_knn.extract_views(backbone, source, 32, 0.5, "cpu", 0)
+    dataset = sdssl.TwoCrops(source, 32, 0.5, 0)
+    crops, _ = dataset.__getitems__([(0, i) for i in range(20)])
+    for i, (found, x) in enumerate(zip((first, second), crops)):
+        expected = backbone(sdssl.augment(x, sdssl.VIEWS[i], sdssl.seeded(0, 0, i)))
+        torch.testing.assert_close(torch.stack(found).float(), expected, atol=2e-3, rtol=1e-2)
+
+
+def test_probes_with_many_rates_are_as_many_probes_trained_alone():
+    torch.manual_seed(0)
+    rates, layers, labels = [0.5, 2.0, 0.1], [torch.randn(12, 4), torch.randn(12, 6)], torch.arange(12) % 3
+    probes = eval_linear.Probes([4, 6], 3, 3)
+    with torch.no_grad():
+        probes.standardise(layers)
+    alone = [[(probes.weight[l][0].detach().clone().requires_grad_(), torch.zeros(3, requires_grad=True)) for _ in rates] for l in range(2)]
+    together = torch.optim.SGD([*probes.weight, *probes.bias], lr=rates[0], momentum=0.9)
+    singles = [[torch.optim.SGD(p, lr=rate, momentum=0.9) for p, rate in zip(of_layer, rates)] for of_layer in alone]
+    for _ in range(5):
+        together.zero_grad()
+        eval_linear.probe_loss(probes(layers), labels, rates).backward()
+        together.step()
+        for x, of_layer, optimizers in zip(layers, alone, singles):
+            x = (x - x.mean(0)) / x.std(0)
+            for (w, b), optimizer in zip(of_layer, optimizers):
+                optimizer.zero_grad()
+                F.cross_entropy(x @ w + b, labels).backward()
+                optimizer.step()
+    for l in range(2):
+        for r in range(3):
+            torch.testing.assert_close(probes.weight[l][r], alone[l][r][0])
+            torch.testing.assert_close(probes.bias[l][r, 0], alone[l][r][1])
+    padded = [torch.cat([x, torch.randn(4, x.shape[1])]) for x in layers]
+    top1, _ = eval_linear.accuracies(probes, padded, torch.cat([labels, torch.full((4,), -1)]), "cpu")
+    expected = [[100 * float((p.argmax(-1) == labels).float().mean()) for p in logits] for logits in probes(layers)]
+    torch.testing.assert_close(top1, torch.tensor(expected))
+
+
+def test_probing_leaves_the_backbone_alone_and_matches_logistic_regression(trained, tmp_path, monkeypatch):
+    path = shutil.copy(trained[0], tmp_path / "last.pt")
+    sets = dict(train=sdssl.Glyphs(1200, seed=0), val=sdssl.Glyphs(2000, seed=1))
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sets[part])
+    opened, open_network = [], eval_knn.open_network
+    monkeypatch.setattr(eval_knn, "open_network", lambda *args: opened.append(open_network(*args)) or opened[-1])
+    for mode in ("--cached", "--workers=0"):  # the second: with augmentation
+        rest = ["--epochs", "300", "--batch-size", "540", "--lrs", "1"] if mode == "--cached" else ["--epochs", "2", "--batch-size", "216"]
+        eval_linear.main([str(path), mode, *rest])
+        backbone = opened[-1][0]
+        assert not backbone.training
+        for name, value in torch.load(path, weights_only=True)["backbone"].items():
+            assert torch.equal(backbone.state_dict()[name], value), name
+    found = json.loads((tmp_path / "linear.json").read_text())["toy"]["teacher"]["cached"]["top-1"]
+
+    order = torch.randperm(1200, generator=sdssl.seeded("held out"))[120:]
+    train, val = (sdssl.extract(backbone, sdssl.CentreCrops(sets[part], 32), "cpu") for part in ("train", "val"))
+    for layer in (0, 5):
+        x, y = train[0][layer][order].double(), train[1][order]
+        mean, std = x.mean(0), x.std(0)
+        w = torch.zeros(65, 10, dtype=torch.double, requires_grad=True)
+
+        def logits(x):
+            return torch.cat([(x.double() - mean) / std, torch.ones(len(x), 1)], 1) @ w
+
+        optimizer = torch.optim.LBFGS([w], max_iter=400, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(logits(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        expected = 100 * float((logits(val[0][layer]).argmax(1) == val[1]).float().mean())
+        assert 15 < expected < 95 and found[layer] == pytest.approx(expected, abs=1.0)
+
+
+def test_an_interrupted_probe_goes_on_and_nothing_is_overwritten(trained, small, tmp_path, capsys, monkeypatch):
+    path, flags = tmp_path / "run" / "last.pt", ["--cached", "--epochs", "6", "--batch-size", "300"]
+    path.parent.mkdir()
+    shutil.copy(trained[0], path)
+    eval_linear.main([str(path), *flags])
+    file, linear = path.with_name("cached-toy-teacher.pt"), path.with_name("linear.json")
+    whole, numbers = torch.load(file, weights_only=True), json.loads(linear.read_text())
+    assert "--resume" in complaint_after_output(eval_linear.main, capsys, path, *flags)
+    assert "--resume" in complaint_after_output(eval_linear.main, capsys, path, *flags[:-1], "500", "--resume")
+    file.unlink()
+    real, steps = sdssl.learning_rate, []
+
+    def power_cut(*args):
+        steps.append(args)
+        if len(steps) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sdssl, "learning_rate", power_cut)
+        eval_linear.main([str(path), *flags])
+    assert torch.load(file, weights_only=True)["step"] == 6
+    eval_linear.main([str(path), *flags, "--resume"])
+    for name, value in torch.load(file, weights_only=True)["trained"].items():
+        assert torch.equal(value, whole["trained"][name])
+    assert json.loads(linear.read_text()) == numbers
+
+
+def test_finetuning_trains_everything_at_layerwise_rates(trained, small, tmp_path):
+    path = shutil.copy(trained[0], tmp_path / "last.pt")
+    eval_linear.main([str(path), "--finetune", "--epochs", "6", "--batch-size", "100", "--lrs", "2e-3"])
+    trained_weights = torch.load(tmp_path / "finetune-toy-teacher.pt", weights_only=True)["trained"]
+    for name, value in torch.load(path, weights_only=True)["backbone"].items():
+        assert not torch.equal(trained_weights[f"backbone.{name}"], value), name
+    found = json.loads((tmp_path / "linear.json").read_text())["toy"]["teacher"]["finetune"]["top-1"]
+    assert len(found) == 1 and found[0] > 25  # chance is 10
+    backbone = tiny_vit()
+    groups = {name: group for (name, _), group in zip(backbone.named_parameters(), eval_linear.finetuning_groups(backbone, eval_linear.Probes([16], 1, 2))[1:])}
+    assert all(group["params"][0] is p for (name, p), group in zip(backbone.named_parameters(), groups.values()))
+    for name, power in {"norm.weight": 0, "blocks.2.mlp.fc1.weight": 1, "blocks.0.attn.qkv.bias": 3, "cls_token": 4, "patch_embed.proj.weight": 4}.items():
+        assert groups[name]["scale"] == pytest.approx(0.75**power), name
+    resnet = dict(zip([n for n, _ in sdssl.ResNet("resnet18").named_parameters()], eval_linear.finetuning_groups(sdssl.ResNet("resnet18"), eval_linear.Probes([512], 1, 2))[1:]))
+    assert resnet["conv1.weight"]["scale"] == pytest.approx(0.75**5) and resnet["layer4.0.conv1.weight"]["scale"] == 0.75
+    assert [resnet[n]["weight_decay"] for n in ("conv1.weight", "bn1.weight")] == [0.05, 0.0] and groups["cls_token"]["weight_decay"] == 0
+
+
+def test_two_ranks_evaluate_like_one(trained, tmp_path, folder):
+    """With the whole training part in a batch, ranks may share it as they like; 37 training images do not divide by two."""
+    data = tmp_path / "data"
+    shutil.copytree(folder, data)
+    for file in sorted((data / "train").glob("*/*.jpg"))[:17]:
+        shutil.copy(file, file.with_name(f"again-{file.name}"))
+    found = {}
+    for ranks in (1, 2):
+        path = tmp_path / str(ranks) / "last.pt"
+        path.parent.mkdir()
+        shutil.copy(trained[0], path)
+        for command in (["eval_knn.py", path, "--k", 3, "--retrieval"], ["eval_linear.py", path, "--cached", "--epochs", 3, "--batch-size", 34, "--lrs", 0.1]):
+            command = [HERE / command[0], *command[1:], "--data", data, "--workers", 0]
+            result = torchrun(*command) if ranks == 2 else subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+        found[ranks] = [json.loads(path.with_name(name).read_text())[str(data)]["teacher"] for name in ("knn.json", "linear.json")]
+    (knn_1, linear_1), (knn_2, linear_2) = found[1], found[2]
+    for measure in ("top-1", "top-5", "mAP"):
+        assert knn_1[measure] == pytest.approx(knn_2[measure])
+    assert linear_1["cached"]["top-1"] == pytest.approx(linear_2["cached"]["top-1"])
+    one, two = (torch.load(tmp_path / ranks / "cached-data-teacher.pt", weights_only=True)["trained"] for ranks in "12")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
+
+
+def test_data_that_cannot_be_evaluated_is_one_line(trained, folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "unlabelled").mkdir()
+    for part in ("train", "val"):
+        shutil.copytree(folder / part / "cats", tmp_path / "unlabelled" / part / "all")
+    for script in (eval_knn, eval_linear):
+        assert "labels" in complaint(script.main, capsys, trained[0], "--data", tmp_path / "unlabelled")
+    sets = dict(train=[("image", 0), ("image", 1)], val=[("image", 0), ("image", 3)])
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sets[part])
+    for script in (eval_knn, eval_linear):
+        assert "class 3" in complaint(script.main, capsys, trained[0])
+    monkeypatch.undo()
+    for flags, word in {"--batch-size 5000": "3687", "--lrs 0": "--lrs", "--finetune --cached": "--cached", "--epochs x": "--epochs", "--frozen": "--frozen"}.items():
+        assert word in complaint(eval_linear.main, capsys, trained[0], *flags.split())
+    for flags, word in {"--k 0": "--k", "--temperature 0": "--temperature", "--save-features no/where.npz": "folder", "--which peer": "--peer"}.items():
+        assert word in complaint(eval_knn.main, capsys, trained[0], *flags.split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
