@@ -7,7 +7,7 @@
     python eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR    # weights of DINO, MoCo v3 or timm
     python eval_knn.py random --data toy                                         # the untrained network; takes sdssl.py's flags
 
-Prints a table and adds the numbers to knn.json beside the checkpoint, by name of the data and the network.
+Prints a table and adds the numbers to knn.json beside the checkpoint, by name of the file, the data and the network.
 """
 import json
 import math
@@ -265,7 +265,7 @@ def run(argv=None):
         results[path], ckas = measures, ckas + [cka]
         if path != "random":
             settings = dict(k=args.k, temperature=args.temperature) | ({} if cka is None else dict(cka=cka.tolist()))
-            add_result(Path(path).with_name("knn.json"), data, args.which, settings | measures)
+            add_result(Path(path).with_name("knn.json"), Path(path).name, data, args.which, settings | measures)
     if sdssl.rank() > 0:
         return
     if len(results) == 1:

@@ -15,7 +15,7 @@ Fine-tuning puts a linear classifier on the last layer and trains everything, on
 256 images (--lrs takes another) after a warm-up of a twentieth, 0.75 times as much for each layer further down, half a cosine, 90
 epochs, label smoothing 0.1, crops and flips, bfloat16 on CUDA.
 
-Beside the checkpoint it writes linear.json (by data, network and mode) and, once an epoch, what was trained; --resume goes on from it.
+Beside the checkpoint it writes linear.json (by file, data, network and mode) and, once an epoch, what was trained; --resume goes on from it.
 """
 import os
 import re
@@ -172,7 +172,8 @@ def run(argv=None):
 
     mode, first = "finetune" if args.finetune else "cached" if args.cached else "linear", 0
     settings = dict(data=data, which=args.which, mode=mode, epochs=args.epochs, batch_size=args.batch_size, lrs=rates)
-    path = Path(args.checkpoint).with_name(f"{mode}-{Path(data).resolve().name}-{args.which}.pt")
+    checkpoint = Path(args.checkpoint)
+    path = checkpoint.with_name(f"{checkpoint.stem}-{mode}-{Path(data).resolve().name}-{args.which}.pt")
     if path.exists() and args.checkpoint != "random":
         saved = sdssl.load_checkpoint(path, foreign=True)
         if not args.resume or saved["settings"] != settings:
@@ -224,7 +225,7 @@ def run(argv=None):
     else:
         print(sdssl.layer_table(columns, f"linear accuracy of every layer (%), {args.checkpoint} on {data}"))
     if args.checkpoint != "random":
-        eval_knn.add_result(path.with_name("linear.json"), data, args.which, mode, dict(epochs=args.epochs, batch_size=args.batch_size) | columns)
+        eval_knn.add_result(path.with_name("linear.json"), checkpoint.name, data, args.which, mode, dict(epochs=args.epochs, batch_size=args.batch_size) | columns)
 
 
 def main(argv=None):

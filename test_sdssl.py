@@ -654,7 +654,7 @@ def test_training_ends_with_the_table_of_all_layers_and_eval_knn_agrees(tmp_path
     assert all(0 < s["images_per_s"] < 1e5 and 0 <= s["data_wait"] <= 1 for s in steps)
     assert all(expected == s.keys() and all(math.isfinite(v) for v in s.values()) for s in steps)
     eval_knn.main([str(checkpoint)])
-    found = json.loads(checkpoint.with_name("knn.json").read_text())["toy"]["teacher"]
+    found = json.loads(checkpoint.with_name("knn.json").read_text())["last.pt"]["toy"]["teacher"]
     torch.testing.assert_close(torch.tensor([found["top-1"], found["top-5"]]).T, torch.tensor(last["knn"]))
     assert TF.pil_to_tensor(torchvision.datasets.folder.pil_loader(checkpoint.with_name("views.png"))).float().std() > 20
 
@@ -724,7 +724,7 @@ def test_torchrun_with_two_ranks_trains_and_evaluates_like_one(tmp_path, folder)
     checkpoint = tmp_path / "run" / "last.pt"
     assert [line["step"] for line in log_of(checkpoint)] == [2, 4, 4] and result.stderr.count("k-NN accuracy of every layer") <= 1
     eval_knn.main([str(checkpoint), "--workers", "0"])
-    alone = json.loads(checkpoint.with_name("knn.json").read_text())[str(folder)]["teacher"]
+    alone = json.loads(checkpoint.with_name("knn.json").read_text())["last.pt"][str(folder)]["teacher"]
     assert [a for a, _ in log_of(checkpoint)[-1]["knn"]] == pytest.approx(alone["top-1"])
 
 
@@ -920,7 +920,7 @@ def test_eval_knn_measures_every_layer_of_two_checkpoints_side_by_side(trained, 
     eval_knn.main([*map(str, trained), "--retrieval", "--analysis"])
     printed = capsys.readouterr().out
     for i, path in enumerate(trained):
-        found = json.loads(path.with_name("knn.json").read_text())["toy"]["teacher"]
+        found = json.loads(path.with_name("knn.json").read_text())["last.pt"]["toy"]["teacher"]
         features, labels = sdssl.extract(load_backbone(path), sdssl.CentreCrops(small["val"], 32), "cpu")
         assert torch.tensor(found["cka"])[1, 4] == pytest.approx(float(eval_knn.linear_cka(features[1], features[4])), rel=1e-3)
         bank, bank_labels = sdssl.extract(load_backbone(path), sdssl.CentreCrops(small["train"], 32), "cpu")
@@ -995,7 +995,7 @@ def test_probing_leaves_the_backbone_alone_and_matches_logistic_regression(train
         assert not backbone.training
         for name, value in torch.load(path, weights_only=True)["backbone"].items():
             assert torch.equal(backbone.state_dict()[name], value), name
-    found = json.loads((tmp_path / "linear.json").read_text())["toy"]["teacher"]["cached"]["top-1"]
+    found = json.loads((tmp_path / "linear.json").read_text())["last.pt"]["toy"]["teacher"]["cached"]["top-1"]
 
     order = torch.randperm(1200, generator=sdssl.seeded("held out"))[120:]
     train, val = (sdssl.extract(backbone, sdssl.CentreCrops(sets[part], 32), "cpu") for part in ("train", "val"))
@@ -1025,7 +1025,7 @@ def test_an_interrupted_probe_goes_on_and_nothing_is_overwritten(trained, small,
     path.parent.mkdir()
     shutil.copy(trained[0], path)
     eval_linear.main([str(path), *flags])
-    file, linear = path.with_name("cached-toy-teacher.pt"), path.with_name("linear.json")
+    file, linear = path.with_name("last-cached-toy-teacher.pt"), path.with_name("linear.json")
     whole, numbers = torch.load(file, weights_only=True), json.loads(linear.read_text())
     assert "--resume" in complaint_after_output(eval_linear.main, capsys, path, *flags)
     assert "--resume" in complaint_after_output(eval_linear.main, capsys, path, *flags[:-1], "500", "--resume")
@@ -1051,10 +1051,10 @@ def test_an_interrupted_probe_goes_on_and_nothing_is_overwritten(trained, small,
 def test_finetuning_trains_everything_at_layerwise_rates(trained, small, tmp_path):
     path = shutil.copy(trained[0], tmp_path / "last.pt")
     eval_linear.main([str(path), "--finetune", "--epochs", "6", "--batch-size", "100", "--lrs", "2e-3"])
-    trained_weights = torch.load(tmp_path / "finetune-toy-teacher.pt", weights_only=True)["trained"]
+    trained_weights = torch.load(tmp_path / "last-finetune-toy-teacher.pt", weights_only=True)["trained"]
     for name, value in torch.load(path, weights_only=True)["backbone"].items():
         assert not torch.equal(trained_weights[f"backbone.{name}"], value), name
-    found = json.loads((tmp_path / "linear.json").read_text())["toy"]["teacher"]["finetune"]["top-1"]
+    found = json.loads((tmp_path / "linear.json").read_text())["last.pt"]["toy"]["teacher"]["finetune"]["top-1"]
     assert len(found) == 1 and found[0] > 25  # chance is 10
     backbone = tiny_vit()
     groups = {name: group for (name, _), group in zip(backbone.named_parameters(), eval_linear.finetuning_groups(backbone, eval_linear.Probes([16], 1, 2))[1:])}
@@ -1081,12 +1081,12 @@ def test_two_ranks_evaluate_like_one(trained, tmp_path, folder):
             command = [HERE / command[0], *command[1:], "--data", data, "--workers", 0]
             result = torchrun(*command) if ranks == 2 else subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
-        found[ranks] = [json.loads(path.with_name(name).read_text())[str(data)]["teacher"] for name in ("knn.json", "linear.json")]
+        found[ranks] = [json.loads(path.with_name(name).read_text())["last.pt"][str(data)]["teacher"] for name in ("knn.json", "linear.json")]
     (knn_1, linear_1), (knn_2, linear_2) = found[1], found[2]
     for measure in ("top-1", "top-5", "mAP"):
         assert knn_1[measure] == pytest.approx(knn_2[measure])
     assert linear_1["cached"]["top-1"] == pytest.approx(linear_2["cached"]["top-1"])
-    one, two = (torch.load(tmp_path / ranks / "cached-data-teacher.pt", weights_only=True)["trained"] for ranks in "12")
+    one, two = (torch.load(tmp_path / ranks / "last-cached-data-teacher.pt", weights_only=True)["trained"] for ranks in "12")
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4, msg=lambda m: f"{name}: {m}")
 
