@@ -174,13 +174,21 @@ def open_parts(data):
     return parts
 
 
+def fingerprint(backbone):
+    """A number that changes with the weights."""
+    return float(sum(p.detach().double().abs().sum() for p in backbone.parameters()))
+
+
 def add_result(path, *keys_and_value):
-    """Put a value into the JSON file at `path`, under keys within keys; what stands there under other keys stays."""
+    """Put a dict of results into the JSON file at `path`, under keys within keys. What else stands there stays, unless under the
+    same keys the results of other weights do: a run may have gone on since."""
     *keys, value = keys_and_value
     whole = json.loads(path.read_text()) if path.exists() else {}
     place = whole
     for key in keys:
         place = place.setdefault(key, {})
+    if place.get("weights") != value["weights"]:
+        place.clear()
     place.update(value)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(whole, indent=1))
@@ -194,7 +202,7 @@ def add_result(path, *keys_and_value):
 
 @torch.no_grad()
 def extract_views(backbone, source, size, min_crop, device, workers):
-    """Every layer of both random views of each image: two lists of L x (M, D_l), float16, on the CPU. The views follow from the image alone."""
+    """Every layer of both random views of each image: two lists of L x (M, D_l), float16, on the CPU; the same views for every network."""
     dataset = sdssl.TwoCrops(source, size, min_crop, 0, device)
     keys = [[(0, i) for i in range(start, min(start + 256, len(source)))] for start in range(0, len(source), 256)]
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers if dataset.pixels is None else 0, collate_fn=sdssl.default_convert)
@@ -206,7 +214,7 @@ def extract_views(backbone, source, size, min_crop, device, workers):
 
 
 def evaluate(path, args, flags, device):
-    """All measures the command line asks for, of one network: {name: a number for each layer}, CKA (L, L) or None, and the data's name."""
+    """All measures the command line asks for, of one network: {name: a number for each layer}, CKA (L, L) or None; data, fingerprint."""
     backbone, data, size, min_crop = open_network(path, args, flags, device)
     train_set, val_set = open_parts(data)
     if args.k > len(train_set):
@@ -228,18 +236,19 @@ def evaluate(path, args, flags, device):
         measures["align"] = [float(alignment(x, y)) for x, y in both]
         measures["-unif"] = [-float(uniformity(x)) for x, _ in both]
         measures["neg. align"] = [float(negative_alignment(x)) for x, _ in both]
-        measures["R"] = [negative / positive for negative, positive in zip(measures["neg. align"], measures["align"])]
+        measures["R"] = [negative / max(positive, 1e-9) for negative, positive in zip(measures["neg. align"], measures["align"])]
         cka = torch.tensor([[linear_cka(x, y) for y, _ in plain] for x, _ in plain])
-    return measures, cka, data
+    return measures, cka, data, fingerprint(backbone)
 
 
-def save_heat_map(path, matrices):
+def save_heat_maps(path, matrices):
     """Matrices with values from 0 to 1, side by side, 24 pixels a cell, layer 1 at the bottom left: black, red, yellow, white."""
-    pictures = []
+    most, pictures = max(len(m) for m in matrices), []
     for m in matrices:
-        colours = (3 * m.flip(0)[None].float() - torch.arange(3).view(3, 1, 1)).clamp(0, 1)
+        m = F.pad(m.flip(0).float(), (0, most - len(m), most - len(m), 0), value=1.0)
+        colours = (3 * m[None] - torch.arange(3).view(3, 1, 1)).clamp(0, 1)
         pictures.append(colours.repeat_interleave(24, 1).repeat_interleave(24, 2))
-    torchvision.utils.save_image(pictures, path, padding=12, pad_value=1.0) if len({p.shape for p in pictures}) == 1 else None
+    torchvision.utils.save_image(pictures, path, padding=12, pad_value=1.0)
 
 
 def run(argv=None):
@@ -257,29 +266,28 @@ def run(argv=None):
         args.save_features = Path(args.save_features).with_suffix(".npz")
         if args.save_features.exists() or not args.save_features.parent.is_dir() or len(args.checkpoint) > 1:
             raise sdssl.UserError("--save-features takes a new file in a folder that exists, and one checkpoint")
-    device, results, ckas = sdssl.set_up(args.device), {}, []
-    for path in args.checkpoint:
-        measures, cka, data = evaluate(path, args, flags, device)
-        if sdssl.rank() > 0:
-            continue
-        results[path], ckas = measures, ckas + [cka]
-        if path != "random":
-            settings = dict(k=args.k, temperature=args.temperature) | ({} if cka is None else dict(cka=cka.tolist()))
-            add_result(Path(path).with_name("knn.json"), Path(path).name, data, args.which, settings | measures)
+    device = sdssl.set_up(args.device)
+    found = [evaluate(path, args, flags, device) for path in args.checkpoint]
     if sdssl.rank() > 0:
         return
-    if len(results) == 1:
-        print(sdssl.layer_table(measures, f"every layer of {path} on {data}: k-NN accuracy (%)" + ", mAP (%)" * args.retrieval))
+    titles = [f"{path} on {data}" for path, (_, _, data, _) in zip(args.checkpoint, found)]
+    if len(found) == 1:
+        print(sdssl.layer_table(found[0][0], f"every layer of {titles[0]}: k-NN accuracy (%)" + ", mAP (%)" * args.retrieval))
     else:
-        print("\n".join(f"({i}) {path}" for i, path in enumerate(results, 1)))
-        for name in measures:
-            columns = {f"({i})": found[name] for i, found in enumerate(results.values(), 1)}
+        print("\n".join(f"({i}) {title}" for i, title in enumerate(titles, 1)))
+        for name in found[0][0]:
+            columns = {f"({i})": measures[name] for i, (measures, *_) in enumerate(found, 1)}
             print(sdssl.layer_table(columns, f"\n{name}", bars=False))
+    for path, (measures, cka, data, weights) in zip(args.checkpoint, found):
+        if path != "random":
+            settings = dict(weights=weights, k=args.k, temperature=args.temperature) | ({} if cka is None else dict(cka=cka.tolist()))
+            add_result(Path(path).with_name("knn.json"), Path(path).name, data, args.which, settings | measures)
     if args.analysis:
-        for i, matrix in enumerate(ckas, 1):
-            print(f"\nlinear CKA of the layers ({i})" + "".join("\n" + " ".join(f"{value:.2f}" for value in row) for row in matrix.tolist()))
-        picture = (Path(path).parent if path != "random" else Path()) / "cka.png"
-        save_heat_map(picture, ckas)
+        ckas = [cka for _, cka, _, _ in found]
+        for title, cka in zip(titles, ckas):
+            print(f"\nlinear CKA of the layers, {title}" + "".join("\n" + " ".join(f"{value:.2f}" for value in row) for row in cka.tolist()))
+        picture = Path(args.checkpoint[-1]).with_name("cka.png")
+        save_heat_maps(picture, ckas)
         print(f"the same as a picture: {picture}")
 
 

@@ -39,6 +39,7 @@ class Probes(nn.Module):
         super().__init__()
         self.weight = nn.ParameterList((0.01 * torch.randn(1, width, num_classes)).repeat(num_probes, 1, 1) for width in widths)
         self.bias = nn.ParameterList(torch.zeros(num_probes, 1, num_classes) for _ in widths)
+        # constants, as frozen parameters since there is no list of buffers
         self.mean = nn.ParameterList(nn.Parameter(torch.zeros(width), requires_grad=False) for width in widths)
         self.std = nn.ParameterList(nn.Parameter(torch.ones(width), requires_grad=False) for width in widths)
 
@@ -55,7 +56,8 @@ class Probes(nn.Module):
 def probe_loss(logits, labels, rates, smoothing=0.0):
     """Cross entropy of L x (R, B, C), summed over layers and probes, each weighted by its learning rate over the first one's.
 
-    Without weight decay, SGD at the first rate then moves every probe as if by its own. Images with label -1 do not count.
+    SGD with momentum is linear in the gradient: at the first rate it then moves every probe as it would at its own. Images with
+    label -1 do not count.
     """
     total, (R, B, _) = 0.0, logits[0].shape
     for layer in logits:
@@ -76,7 +78,8 @@ class Crops(sdssl.TwoCrops):
     def __getitems__(self, keys):
         keys = [(epoch, self.indices[i]) for epoch, i in keys]
         crops, complaints = super().__getitems__(keys)
-        return crops[0], self.labels[[i for _, i in keys]], complaints
+        labels = [-1 if complaint else int(self.labels[i]) for (_, i), complaint in zip(keys, complaints)]  # of another image: not counted
+        return crops[0], torch.tensor(labels), complaints
 
 
 def augmented_features(backbone, dataset, batch_size, first, total, device, workers, frozen):
@@ -86,8 +89,8 @@ def augmented_features(backbone, dataset, batch_size, first, total, device, work
     workers = workers if dataset.pixels is None else 0
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert)
     for step, (x, labels, complaints) in enumerate(loader, first):
-        for complaint in complaints:
-            tqdm.write(f"unreadable image, another takes its place: {complaint}")
+        for complaint in filter(None, complaints):
+            tqdm.write(f"unreadable image, left out: {complaint}")
         x = x.to(device, non_blocking=True)
         flip = torch.rand(len(x), 1, 1, 1, generator=sdssl.seeded("flip", step, sdssl.rank())).to(device, non_blocking=True) < 0.5
         with torch.set_grad_enabled(not frozen), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -121,7 +124,7 @@ def accuracies(probes, features, labels, device):
 def finetuning_groups(backbone, probes, weight_decay=0.05, decay=0.75):
     """A group for each parameter, with its part of the learning rate: `decay` to the power of its distance from the classifier."""
     top = len(backbone.widths) + 1
-    groups = [dict(params=[*probes.weight, *probes.bias], scale=1.0, weight_decay=weight_decay)]
+    groups = [dict(params=[*probes.weight], scale=1.0, weight_decay=weight_decay), dict(params=[*probes.bias], scale=1.0, weight_decay=0.0)]
     for name, p in backbone.named_parameters():
         block, stage = (re.match(pattern, name) for pattern in (r"blocks\.(\d+)", r"layer(\d+)"))
         depth = int(block[1]) + 1 if block else int(stage[1]) if stage else top if name.startswith("norm") else 0
@@ -151,7 +154,7 @@ def run(argv=None):
 
     backbone, data, size, _ = eval_knn.open_network(args.checkpoint, args, flags, device)
     train_set, val_set = eval_knn.open_parts(data)
-    order = torch.randperm(len(train_set), generator=sdssl.seeded("held out")).tolist()
+    order = torch.randperm(len(train_set), generator=sdssl.seeded("held out")).tolist()  # sets come sorted by class
     held_out, learned = ([], order) if args.finetune else (order[: len(order) // 10], order[len(order) // 10 :])
     if len(learned) < args.batch_size:
         raise sdssl.UserError(f"{len(learned)} training images do not fill a batch; choose --batch-size {len(learned)} or less")
@@ -162,16 +165,20 @@ def run(argv=None):
 
     torch.manual_seed(0)  # the same probes on all ranks
     backbone.requires_grad_(args.finetune)
-    widths = backbone.widths[-1:] if args.finetune else backbone.widths
+    widths = backbone.widths[-1:] if args.finetune else backbone.widths  # fine-tuning classifies from the last layer only
     probes = Probes(widths, len(rates), 1 + int(eval_knn.labels_of(train_set).max())).to(device)
-    trained = nn.ModuleDict(dict(probes=probes, **(dict(backbone=backbone) if args.finetune else {})))
+    trained = nn.ModuleDict(dict(probes=probes))
     if args.finetune:
+        if device.type == "cuda":  # for ResNets; a ViT has no BatchNorm
+            backbone = nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
+        trained["backbone"] = backbone
         optimizer = torch.optim.AdamW(finetuning_groups(backbone, probes))
     else:
         optimizer = torch.optim.SGD([dict(params=[*probes.weight, *probes.bias], scale=1.0)], lr=1.0, momentum=0.9)
 
     mode, first = "finetune" if args.finetune else "cached" if args.cached else "linear", 0
-    settings = dict(data=data, which=args.which, mode=mode, epochs=args.epochs, batch_size=args.batch_size, lrs=rates)
+    weights = eval_knn.fingerprint(backbone)
+    settings = dict(weights=weights, num_heads=args.num_heads, epochs=args.epochs, batch_size=args.batch_size, lrs=rates)
     checkpoint = Path(args.checkpoint)
     path = checkpoint.with_name(f"{checkpoint.stem}-{mode}-{Path(data).resolve().name}-{args.which}.pt")
     if path.exists() and args.checkpoint != "random":
@@ -225,7 +232,7 @@ def run(argv=None):
     else:
         print(sdssl.layer_table(columns, f"linear accuracy of every layer (%), {args.checkpoint} on {data}"))
     if args.checkpoint != "random":
-        eval_knn.add_result(path.with_name("linear.json"), checkpoint.name, data, args.which, mode, dict(epochs=args.epochs, batch_size=args.batch_size) | columns)
+        eval_knn.add_result(path.with_name("linear.json"), checkpoint.name, data, args.which, mode, dict(weights=weights, epochs=args.epochs, batch_size=args.batch_size) | columns)
 
 
 def main(argv=None):

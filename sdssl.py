@@ -23,6 +23,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -73,9 +74,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, queries=None):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        return self.proj(F.scaled_dot_product_attention(q[:, :, :queries], k, v).transpose(1, 2).reshape(B, -1, D))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # (B, heads, N, d)
+        return self.proj(F.scaled_dot_product_attention(q[:, :, :queries], k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -96,7 +96,7 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """ViT as in MoCo v3: sine-cosine positions and a random patch projection, both frozen (paper, section 4.1).
 
-    forward: (B, 3, img_size, img_size) -> (L, B, D), the [CLS] token after every block through the shared final LayerNorm.
+    forward: (B, 3, img_size, img_size) -> L x (B, D), the [CLS] token after every block through the shared final LayerNorm.
     Raises ValueError if the patches do not tile the image or the heads do not divide the width.
     """
 
@@ -132,8 +132,8 @@ class VisionTransformer(nn.Module):
         cls = []
         for block in self.blocks:  # of the last block nobody needs the patches: a twelfth block costs a quarter
             x = block(x, queries=1 if block is self.blocks[-1] else None)
-            cls.append(x[:, 0])
-        return self.norm(torch.stack(cls))  # (L, B, D)
+            cls.append(self.norm(x[:, 0]))
+        return cls
 
 
 class ResNet(nn.Module):
@@ -669,7 +669,7 @@ def open_dataset(data, part):
 
 
 class TwoCrops(Dataset):
-    """Indexed with a list of keys (epoch, image number): two random crops of each, (2, B, 3, size, size), and complaints about broken files.
+    """Indexed with a list of keys (epoch, image number): two random crops of each, (2, B, 3, size, size), and None or a complaint.
 
     Sets that torchvision holds in memory become uint8 on the device, and a batch is cut there at once; image files are read
     and cut by the DataLoader's workers, one at a time. Either way the crops follow from the seed and the keys: no two
@@ -693,12 +693,12 @@ class TwoCrops(Dataset):
     def __getitems__(self, keys):
         if self.pixels is None:
             crops, complaints = zip(*(self.crop_file(*key) for key in keys))
-            return torch.stack(crops, dim=1), [c for c in complaints if c]  # uint8
+            return torch.stack(crops, dim=1), complaints  # uint8
         epoch, first = keys[0]  # an image comes once in an epoch, so the first one names the batch
         generator, device = seeded(self.seed, epoch, first), self.pixels.device
         x = self.pixels[torch.tensor([i for _, i in keys]).to(device, non_blocking=True)] / 255
         boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(self.crops)]
-        return torch.stack([crop_and_resize(x, box.to(device, non_blocking=True), self.size) for box in boxes]), []
+        return torch.stack([crop_and_resize(x, box.to(device, non_blocking=True), self.size) for box in boxes]), [None] * len(keys)
 
     def crop_file(self, epoch, i):
         image, _, complaint = read_or_next(self.source, i)
@@ -784,8 +784,8 @@ def extract(backbone, dataset, device, workers=0, batch_size=256):
 
 
 def gather_images(x, labels):
-    """Of all ranks' shares x (M, ...) and labels (M,): the images that are no padding, and their labels."""
-    x, labels = gather(x), gather(labels)
+    """All ranks' shares, x (M, D) and labels (M,), in the data set's order and without padding."""
+    x, labels = (gather(t).unflatten(0, (world_size(), -1)).transpose(0, 1).flatten(0, 1) for t in (x, labels))
     return x[labels >= 0], labels[labels >= 0]
 
 
@@ -807,11 +807,11 @@ def knn(train, val, device, k=20, temperature=0.07):
 
 def layer_table(columns, title, bars=True):
     """Text: a line a layer with the numbers in columns (name: one number a layer), and a bar for the first column, in percent."""
-    first = next(iter(columns.values()))
     lines = [title, "layer  " + "  ".join(f"{name:>5}" for name in columns)]
-    for layer, row in enumerate(zip(*columns.values())):
-        numbers = "  ".join(f"{value:{max(5, len(name))}.{1 if abs(value) >= 10 else 3}f}" for name, value in zip(columns, row))
-        lines.append(f"{layer + 1:5}  {numbers}" + f"  {'█' * round(first[layer] / 2)}" * bars)
+    for layer, row in enumerate(itertools.zip_longest(*columns.values())):  # networks of different depth side by side
+        cells = ["" if value is None else f"{value:.{1 if abs(value) >= 10 else 3}f}" for value in row]
+        line = f"{layer + 1:5}  " + "  ".join(f"{cell:>{max(5, len(name))}}" for name, cell in zip(columns, cells))
+        lines.append(f"{line}  {'█' * round(row[0] / 2)}" if bars else line)
     return "\n".join(lines)
 
 
@@ -982,7 +982,7 @@ def one_line_errors(program):
     """What the user can change comes out as one line on stderr and exit code 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{program}: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)  # also from a data worker's report
         sys.exit(2)
     finally:
@@ -1063,7 +1063,7 @@ def set_up(device="auto"):
     if use_cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")  # the evaluation gathers on the CPU too
     return device
 
 
@@ -1075,17 +1075,18 @@ def run_folder(config):
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     base = Path(config.out or f"runs/{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10**4))]
-    free = next(i for i, name in enumerate(names) if not name.exists())
-    folder = [names[max(0, free - 1) if resume else free]]
+    newest = max((i for i, name in enumerate(names) if name.exists()), default=-1)
+    folder = names[max(0, newest) if resume else newest + 1]
+    saved = [path for path in (folder / "last.pt", folder / "previous.pt") if resume and path.exists()]
+    decision = [folder, saved[0] if saved else None]
     if world_size() > 1:
-        dist.broadcast_object_list(folder)
-    folder = folder[0]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"argument --out: cannot make the run folder ({one_line(error)})") from None
-    saved = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
-    return folder, saved[0] if resume and saved else None
+        dist.broadcast_object_list(decision)
+    if rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=resume)
+        except OSError as error:
+            raise UserError(f"argument --out: cannot make the run folder ({one_line(error)})") from None
+    return decision
 
 
 def save_views(path, dataset, keys, seed):
@@ -1156,11 +1157,20 @@ class Log:
                 file.write(json.dumps(record) + "\n")
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def ignore_signals(worker):
+    """For data workers: a terminal and torchrun signal the whole process group, but the last step still needs its images."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Yields a list that is empty until someone asks us to stop: Ctrl-C, SIGTERM, or SIGUSR1 as SLURM sends before pre-emption."""
     received = []
-    before = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in STOP_SIGNALS}
     try:
         yield received
     finally:
@@ -1215,7 +1225,8 @@ def train(config, asked_to_stop=()):
     keys = Batches(sampler, config.batch_size // world_size(), steps_per_epoch, first, last)
     workers = config.workers if dataset.pixels is None else 0
     pin = device.type == "cuda" and dataset.pixels is None
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=pin)
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=pin,
+                        worker_init_fn=ignore_signals)  # fmt: skip
     if rank() == 0:
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
         print(f"{folder}: step {first} to {max(first, last)} of {total}, {device.type} x {world_size()}")
@@ -1248,17 +1259,19 @@ def train(config, asked_to_stop=()):
 
             bar.update(config.batch_size)
             log.images += config.batch_size
-            for complaint in set(complaints) - named:
+            broken = [complaint for complaint in complaints if complaint]
+            for complaint in set(broken) - named:
                 tqdm.write(f"unreadable image, another takes its place: {complaint}")
-            named, replaced = named | set(complaints), replaced + len(complaints)
+            named, replaced = named | set(broken), replaced + len(broken)
 
             done, epoch, stop = step + 1, (step + 1) / steps_per_epoch, False
-            save = epoch == int(epoch) or done == last or config.save_every and done % config.save_every == 0
-            if save or done % config.log_every == 0 or asked_to_stop and world_size() == 1:  # ranks agree when they next log
+            save = done % steps_per_epoch == 0 or done == last or (config.save_every and done % config.save_every == 0)
+            alone = world_size() == 1  # several ranks agree to stop when they next log
+            if save or done % config.log_every == 0 or (asked_to_stop and alone):
                 grads = [p.grad for p in model.parameters() if p.grad is not None]
                 terms["grad_norm"] = torch.stack(torch._foreach_norm(grads)).norm()
                 terms["stop"] = torch.full((), float(bool(asked_to_stop)), device=device)
-                terms["broken_images"] = torch.full((), float(replaced * world_size()), device=device)  # averaged: the sum
+                terms["broken_images"] = torch.full((), float(replaced * world_size()), device=device)  # all ranks', once averaged
                 record = log.read(dict(step=done, epoch=epoch, lr=lr, alpha=alpha, m=m), terms)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", lr=f"{lr:.1e}", spread=f"{record['spread']:.2f}")
                 seen = len(dataset) * (math.ceil(epoch) - first // steps_per_epoch)
