@@ -979,14 +979,15 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line_errors(program):
-    """What the user can change comes out as one line on stderr and exit code 2."""
+    """What the user can change comes out as one line on stderr and exit code 2. Afterwards the process group, if any, is left."""
     try:
         yield
     except (UserError, OSError) as error:
         print(f"{program}: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)  # also from a data worker's report
         sys.exit(2)
-    finally:
-        if world_size() > 1:
+    if world_size() > 1:
+        dist.barrier()
+        if torch.cuda.is_initialized():  # NCCL wants it; gloo, torn down by hand, now and then hangs (seen with torch 2.5)
             dist.destroy_process_group()
 
 
