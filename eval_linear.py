@@ -6,9 +6,9 @@
     python eval_linear.py CHECKPOINT --data flowers102 --batch-size 256 --finetune      # Table 4's third protocol
 
 The linear protocol is MoCo v3's: SGD with momentum 0.9 and no weight decay, 90 epochs, half a cosine, batch 1024, learning rate 3 per
-256 images; random crops and flips; centre crops for validation. Beside that rate smaller ones train (--lrs), and each layer reports the one
-that is best on a tenth of the training images from which no probe learns: one forward pass serves all layers and rates, and
-validation images choose nothing. Features are standardised with that tenth's mean and deviation: the classifier stays linear, and SGD
+256 images; crops, as small as in pretraining, and flips; centre crops for validation. Beside that rate smaller ones train (--lrs), and
+each layer reports the one that is best on a tenth of the training images from which no probe learns: one forward pass serves all
+layers and rates, and validation images choose nothing. Features are standardised with that tenth's mean and deviation: the classifier stays linear, and SGD
 does not depend on how far a layer's [CLS] spreads. With --cached the features are those of centre crops, computed once.
 
 Fine-tuning puts a linear classifier on the last layer and trains everything, on all training images: AdamW, weight decay 0.05, 5e-4 per
@@ -71,8 +71,8 @@ class Crops(sdssl.TwoCrops):
 
     crops = 1
 
-    def __init__(self, source, indices, size, device):
-        super().__init__(source, size, sdssl.Config.min_crop, "linear", device)
+    def __init__(self, source, indices, size, min_crop, device):
+        super().__init__(source, size, min_crop, "linear", device)
         self.indices, self.labels = indices, eval_knn.labels_of(source)
 
     def __getitems__(self, keys):
@@ -152,7 +152,7 @@ def run(argv=None):
     if args.batch_size < 1 or args.batch_size % sdssl.world_size():
         raise sdssl.UserError(f"--batch-size {args.batch_size} is not a multiple of {sdssl.world_size()} ranks")
 
-    backbone, data, size, _ = eval_knn.open_network(args.checkpoint, args, flags, device)
+    backbone, data, size, min_crop = eval_knn.open_network(args.checkpoint, args, flags, device)
     train_set, val_set = eval_knn.open_parts(data)
     order = torch.randperm(len(train_set), generator=sdssl.seeded("held out")).tolist()  # sets come sorted by class
     held_out, learned = ([], order) if args.finetune else (order[: len(order) // 10], order[len(order) // 10 :])
@@ -198,7 +198,7 @@ def run(argv=None):
     if args.cached:
         batches = cached_features(*extracted(train_set, learned), args.batch_size, steps_per_epoch, first, total, device)
     else:
-        dataset = Crops(train_set, learned, size, device)
+        dataset = Crops(train_set, learned, size, min_crop, device)
         batches = augmented_features(backbone, dataset, args.batch_size, first, total, device, args.workers, not args.finetune)
     backbone.train(args.finetune)
     warmup = total / 20 if args.finetune else 0
