@@ -2,7 +2,7 @@
 """SDSSL in one file: Self-Distilled Self-supervised Representation Learning (Jang et al., WACV 2023).
 
 While a ViT learns by SimCLR, BYOL or MoCo v3, every intermediate layer also learns from the final layer's target, through
-a projector and a predictor of its own. All layers get better, the last one included. The whole idea is
+a projector and a predictor of its own. In the paper all layers get better, the last one included. The whole idea is
 
     loss = L_ssl(q_L, z_L)                               the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))        intermediate self-distillation, Eq. 3
@@ -10,7 +10,7 @@ a projector and a predictor of its own. All layers get better, the last one incl
 
     python sdssl.py                                                  # SD-MoCo v3 on drawn glyphs: a laptop, minutes
     python sdssl.py --framework byol --no-distill                    # any framework, with or without self-distillation
-    python sdssl.py --data cifar10                                   # one GPU
+    python sdssl.py --data cifar10                                   # one GPU; then eval_knn.py and eval_linear.py, every layer
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet    # one server; many nodes: README.md
 
 Read from top to bottom, the way an image travels: ViT -> heads -> losses -> objective (the paper is section 4) -> views and
