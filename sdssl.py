@@ -1161,10 +1161,13 @@ class Log:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-def ignore_signals(worker):
-    """For data workers: a terminal and torchrun signal the whole process group, but the last step still needs its images."""
+def outlive_signals(worker):
+    """For data workers: a terminal and torchrun signal the whole process group, but the last steps still need their images.
+    SIGTERM leaves a worker 30 seconds and no more, because Python too ends workers by it when the main process crashes."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
 @contextlib.contextmanager
@@ -1227,7 +1230,7 @@ def train(config, asked_to_stop=()):
     workers = config.workers if dataset.pixels is None else 0
     pin = device.type == "cuda" and dataset.pixels is None
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=default_convert, pin_memory=pin,
-                        worker_init_fn=ignore_signals)  # fmt: skip
+                        worker_init_fn=outlive_signals)  # fmt: skip
     if rank() == 0:
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
         print(f"{folder}: step {first} to {max(first, last)} of {total}, {device.type} x {world_size()}")

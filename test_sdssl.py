@@ -1164,6 +1164,8 @@ def troubled(folder, tmp_path_factory):
     for trouble in ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1"):
         command = [root / "trouble.py", trouble, root / trouble / "log.jsonl", *LONG, "--data", folder, "--out", root / trouble]
         processes[trouble] = start(sys.executable, *command, start_new_session=True)
+    crash = "import sys, sdssl; sdssl.save_checkpoint = None; sdssl.main(sys.argv[1:])"
+    processes["crash"] = start(sys.executable, "-c", crash, *LONG, "--data", folder, "--out", root / "crash")
     command = [root / "trouble.py", "SIGUSR1", root / "two" / "log.jsonl", *LONG, "--data", folder, "--out", root / "two"]
     processes["two"] = start(*TORCHRUN, *command, env=dict(TROUBLED_RANK="1"))
     return {name: (root / name, *finish(process)) for name, process in processes.items()}
@@ -1198,6 +1200,12 @@ def test_torchrun_restarts_a_killed_rank_from_the_last_checkpoint(uninterrupted,
             process.communicate()
     assert code == 0, err
     assert same_weights(tmp_path / f"{i}" / "last.pt", uninterrupted[1]) and not (tmp_path / f"{i}-2").exists()
+
+
+def test_data_workers_do_not_outlive_a_crash(troubled):
+    """A worker that ignores SIGTERM for ever keeps the interpreter from ending: the fixture would time out."""
+    _, code, _, err = troubled["crash"]
+    assert code == 1 and err.splitlines()[-1] == "TypeError: 'NoneType' object is not callable", err
 
 
 def test_all_ranks_stop_after_the_same_step_when_one_is_asked(troubled):
