@@ -64,6 +64,13 @@ def sincos_2d(dim, height, width):
     return torch.cat([row.sin(), row.cos(), col.sin(), col.cos()], dim=1)
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v for q (..., M, d), k and v (..., N, d) -> (..., M, d)."""
+    if q.device.type == "cpu" and k.shape[-2] < 100:  # few tokens: the fused kernel takes twice as long, forth and back
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, (B, N, D) -> (B, N, D); with `queries`, the outputs of the first so many tokens only."""
 
@@ -75,7 +82,7 @@ class Attention(nn.Module):
 
     def forward(self, x, queries=None):
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # (B, heads, N, d)
-        return self.proj(F.scaled_dot_product_attention(q[:, :, :queries], k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q[:, :, :queries], k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -601,7 +608,7 @@ def read_rgb(path):
 
 
 def read_or_next(source, i):
-    """Image i of a dataset with its label, and None; for a file that cannot be read the next one that can, and a line that names it.
+    """Image i of a dataset as RGB, its label, and None; for a file that cannot be read the next one that can, and a line that names it.
 
     Runs last for days, and among a million files one may be cut short. A hundred in a row are an error.
     """
@@ -609,7 +616,8 @@ def read_or_next(source, i):
     for k in range(100):
         j = (i + k) % len(source)
         try:
-            return *source[j], complaint
+            image, label = source[j]
+            return image if image.mode == "RGB" else image.convert("RGB"), label, complaint
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for cut, foreign and broken files
             complaint = complaint or f"{getattr(source, 'samples', {j: (j,)})[j][0]}: {error}"
     raise UserError(f"a hundred unreadable images in a row; the first is {complaint}")
@@ -692,19 +700,23 @@ class TwoCrops(Dataset):
 
     def __getitems__(self, keys):
         if self.pixels is None:
-            crops, complaints = zip(*(self.crop_file(*key) for key in keys))
-            return torch.stack(crops, dim=1), complaints  # uint8
+            crops = torch.empty(self.crops, len(keys), 3, self.size, self.size, dtype=torch.uint8)  # filled in place: no copies
+            return crops, [self.crop_file(out, *key) for out, key in zip(crops.unbind(1), keys)]
         epoch, first = keys[0]  # an image comes once in an epoch, so the first one names the batch
         generator, device = seeded(self.seed, epoch, first), self.pixels.device
         x = self.pixels[torch.tensor([i for _, i in keys]).to(device, non_blocking=True)] / 255
         boxes = [random_boxes(len(x), *x.shape[-2:], self.scale, generator) for _ in range(self.crops)]
         return torch.stack([crop_and_resize(x, box.to(device, non_blocking=True), self.size) for box in boxes]), [None] * len(keys)
 
-    def crop_file(self, epoch, i):
+    def crop_file(self, out, epoch, i):
+        """Image i's crops of this epoch into out (crops, 3, size, size). Returns None or a complaint."""
         image, _, complaint = read_or_next(self.source, i)
-        image = image.convert("RGB")
-        boxes = random_boxes(self.crops, image.height, image.width, self.scale, seeded(self.seed, epoch, i)).int().T.tolist()
-        return torch.stack([TF.pil_to_tensor(TF.resized_crop(image, *box, [self.size, self.size])) for box in boxes]), complaint
+        x = TF.pil_to_tensor(image)[None]  # channels last, for which torch resizes three times as fast as PIL
+        boxes = random_boxes(self.crops, *x.shape[-2:], self.scale, seeded(self.seed, epoch, i)).int().T.tolist()
+        for crop, (top, left, height, width) in zip(out, boxes):
+            cut = x[..., top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+            crop.copy_(F.interpolate(cut, (self.size, self.size), mode="bilinear", antialias=True)[0])
+        return complaint
 
 
 class CentreCrops(Dataset):
@@ -718,7 +730,6 @@ class CentreCrops(Dataset):
 
     def __getitem__(self, i):
         image, label, _ = read_or_next(self.source, i)
-        image = image.convert("RGB")
         if image.size != (self.size, self.size):
             image = TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size)  # 256 for 224
         return TF.pil_to_tensor(image), label
@@ -1063,6 +1074,8 @@ def set_up(device="auto"):
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    else:
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # once freed, glibc keeps blocks up to this size: each step reuses their pages
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")  # the evaluation gathers on the CPU too
     return device

@@ -67,6 +67,16 @@ def test_positions_follow_the_formula_and_refuse_odd_widths():
         sincos_2d(6, 2, 2)
 
 
+@pytest.mark.parametrize("tokens", [17, 101])  # written out, and fused
+def test_attention_follows_the_formula(tokens):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 3, 4), torch.randn(2, tokens, 4), torch.randn(2, tokens, 4)
+    for b in range(2):
+        for m, got in enumerate(sdssl.attention(q, k, v)[b]):
+            weights = [math.exp(float(q[b, m] @ k[b, n]) / 2) for n in range(tokens)]
+            torch.testing.assert_close(got, sum(w * v[b, n] for n, w in enumerate(weights)) / sum(weights))
+
+
 def test_vit_computes_what_torchvisions_encoder_blocks_compute():
     torch.manual_seed(0)
     vit, x = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=6), torch.randn(2, 3, 32, 32)
