@@ -14,7 +14,7 @@ a projector and a predictor of its own. In the paper all layers get better, the 
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet    # one server; many nodes: README.md
 
 Read from top to bottom, the way an image travels: ViT -> heads -> losses -> objective (the paper is section 4) -> views and
-data -> k-NN -> schedules -> checkpoint -> training -> command line. Sections 1 to 4 use nothing below them: copy them freely.
+data -> k-NN -> schedules and checkpoints -> configuration -> training.  Sections 1 to 4 use nothing below them: copy them freely.
 
 B images in a batch, N tokens, D embedding width, L blocks, E head output; view 1 and view 2 of an image are x1 and x2.
 """
@@ -155,9 +155,9 @@ class ResNet(nn.Module):
         if img_size <= 64:
             net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
         self.widths = [width * net.layer1[0].expansion for width in (64, 128, 256, 512)]
-        for name, module in net.named_children():
-            if name != "fc":
-                self.add_module(name, module)
+        for part, module in net.named_children():
+            if part != "fc":
+                self.add_module(part, module)
 
     def forward(self, x):
         x, pooled = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
@@ -211,8 +211,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z):
+        z = z.contiguous()
         slices = [torch.empty_like(z) for _ in range(world_size())]
-        dist.all_gather(slices, z.contiguous())
+        dist.all_gather(slices, z)
         return torch.cat(slices)
 
     @staticmethod
@@ -222,10 +223,9 @@ class _Gather(torch.autograd.Function):
         return grad.chunk(world_size())[rank()]
 
 
-@torch.compiler.disable  # a collective is a graph break in any case; said once, here
 def gather(z):
     """(B, E) on each rank -> (world_size * B, E), in rank order, differentiable."""
-    return _Gather.apply(z) if world_size() > 1 else z
+    return torch.compiler.disable(_Gather.apply)(z) if world_size() > 1 else z  # a collective breaks the graph in any case
 
 
 def similarity(q, z):
@@ -261,8 +261,8 @@ def nt_xent(q1, q2, z1, z2, tau=0.2):
     q1, q2: (B, E) or (K, B, E); z1, z2: (B, E). Negatives are both views of all other images on all ranks, 2 N - 2 of them;
     an anchor never meets its own image's key of the same view. nt_xent(z1, z2, z1, z2) is plain SimCLR (times 2 tau).
     """
+    own = F.one_hot(positives(z1), len(z1) * world_size()).bool()  # (B, N)
     z1, z2, labels = gather(z1), gather(z2), positives(q1)
-    own = F.one_hot(labels, len(z1)).bool()  # (..., B, N)
 
     def one_way(q, z_same, z_other):
         logits = torch.cat([similarity(q, z_other), similarity(q, z_same).masked_fill(own, -torch.inf)], dim=-1) / tau  # (..., B, 2 N)
@@ -652,13 +652,15 @@ def open_dataset(data, part):
         arguments = dict(train=train, val=val, pretrain=pretrain[0] if pretrain else train)[part]
         build = functools.partial(getattr(torchvision.datasets, name), ROOT, **arguments)
         try:
-            dataset = build(download=False)
-        except RuntimeError:  # not there yet
             try:
+                dataset = build(download=False)
+            except RuntimeError:  # not there yet
                 dataset = build(download=True)
-            except (OSError, RuntimeError, ValueError) as error:
-                where = Path(ROOT).resolve()
-                raise UserError(f"cannot download {data} ({one_line(error)}); put the files torchvision expects into {where}") from None
+        except ImportError as error:
+            raise UserError(f"torchvision cannot read {data} without another package: {one_line(error)}") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            where = Path(ROOT).resolve()
+            raise UserError(f"cannot download {data} ({one_line(error)}); put the files torchvision expects into {where}") from None
         if world_size() > 1 and first:
             dist.barrier()
         return dataset
@@ -787,7 +789,10 @@ def extract(backbone, dataset, device, workers=0, batch_size=256):
     features = [torch.zeros(most, width, dtype=torch.float16) for width in backbone.widths]
     labels, start = torch.full((most,), -1), 0
     for images, y in DataLoader(Subset(dataset, share), batch_size, num_workers=workers):
-        for layer, r in zip(features, backbone(normalize(images.to(device)))):
+        images = images.to(device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            layers = backbone(normalize(images))
+        for layer, r in zip(features, layers):
             layer[start : start + len(y)] = r.cpu()
         labels[start : start + len(y)] = y
         start += len(y)
@@ -867,8 +872,8 @@ def build_backbone(architecture):
 def save_checkpoint(folder, config, model, optimizer, step):
     """last.pt in `folder`: the backbone people want, and all that a resumed run needs, since random numbers follow from the step.
 
-    Written beside and renamed, so that last.pt is whole at any moment; the one before stays as previous.pt. Raises UserError
-    if it cannot be written.
+    Written beside and renamed; the one before stays as previous.pt. At any moment one of the two is there and whole. Raises
+    UserError if it cannot be written.
     """
     new, last = folder / "last.new", folder / "last.pt"
     checkpoint = {name: net.state_dict() for name, net in model.trained.items()} | dict(
@@ -1088,7 +1093,7 @@ def run_folder(config):
     """
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     base = Path(config.out or f"runs/{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
-    names = [base, *(base.with_name(f"{base.name}-{i}") for i in range(2, 10**4))]
+    names = [base, *(Path(f"{base}-{i}") for i in range(2, 10**4))]
     newest = max((i for i, name in enumerate(names) if name.exists()), default=-1)
     folder = names[max(0, newest) if resume else newest + 1]
     saved = [path for path in (folder / "last.pt", folder / "previous.pt") if resume and path.exists()]
@@ -1202,10 +1207,10 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def train(config, asked_to_stop=()):
+def train(config):
     """One run, from the first image to the table of all layers; everything it makes lands in its run folder.
 
-    Once asked_to_stop is no longer empty, on any rank, it ends politely: finishes the step, saves, says where.
+    Asked to stop by a signal, on any rank, it ends politely: finishes the step, saves, says where.
     """
     device = set_up(config.device)
     source = open_dataset(config.data, "pretrain")
@@ -1235,7 +1240,8 @@ def train(config, asked_to_stop=()):
         model.compile()
     ddp = model
     if world_size() > 1:
-        ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+        own = device.type == "cpu"  # BatchNorm's statistics: SyncBatchNorm's are the same on all ranks anyway
+        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=own, gradient_as_bucket_view=True)
 
     dataset = TwoCrops(source, config.img_size, config.min_crop, config.seed, device)
     sampler = DistributedSampler(dataset, world_size(), rank(), seed=config.seed, drop_last=True)
@@ -1253,7 +1259,7 @@ def train(config, asked_to_stop=()):
 
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
     log, named, replaced, batches = Log(folder, first), set(), 0, iter(loader)
-    with bar:  # closed before an error is printed
+    with bar, stop_signals() as asked_to_stop:  # the bar is closed before an error is printed
         for step in range(first, last):
             start = time.perf_counter()
             crops, complaints = next(batches)
@@ -1319,8 +1325,8 @@ def train(config, asked_to_stop=()):
 
 def main(argv=None):
     """python sdssl.py, torchrun sdssl.py"""
-    with one_line_errors("sdssl.py"), stop_signals() as asked_to_stop:
-        train(parse_config(argv), asked_to_stop)
+    with one_line_errors("sdssl.py"):
+        train(parse_config(argv))
 
 
 if __name__ == "__main__":

@@ -430,6 +430,19 @@ def gradients(case, x1, x2, ddp=False):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_the_objective_compiles_into_one_graph_with_the_gradients_of_eager(framework):
+    torch.manual_seed(1)
+    views, alpha = torch.randn(2, 8, 3, 16, 16), torch.tensor(0.7)
+    eager, model = tiny_sdssl(framework), tiny_sdssl(framework)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a graph break is an error
+    for net in (eager, compiled):
+        net(*views, alpha)["loss"].backward()
+    for (name, p), q in zip(eager.named_parameters(), model.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(q.grad, p.grad, msg=name)
+
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
