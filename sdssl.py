@@ -494,19 +494,25 @@ def augment(x, view, generator):
     x = x / 255 if x.dtype == torch.uint8 else x
 
     def u(low, high):
-        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device, non_blocking=True)
+        return low + (high - low) * torch.rand(len(x), 1, 1, 1, generator=generator)
 
-    def maybe(p, changed):
-        return torch.where(u(0, 1) < p, changed, x)
+    def maybe(p, change, *strengths):
+        chosen = (u(0, 1) < p).flatten().nonzero()[:, 0]  # the coins fall on the CPU: the host knows whom to change without waiting
+        if len(chosen) == 0:
+            return x
+        chosen, *strengths = (t.to(x.device, non_blocking=True) for t in (chosen, *(s[chosen] for s in strengths)))
+        picked = x[chosen]
+        return x.index_copy(0, chosen, change(picked, *strengths).expand_as(picked))
 
     strengths = [u(1 - s, 1 + s) for s in (view["brightness"], view["contrast"], view["saturation"])]
     order = torch.randperm(4, generator=generator).tolist()
-    x = maybe(view["jitter"], color_jitter(x, *strengths, u(-view["hue"], view["hue"]), order))
-    x = maybe(view["gray"], grayscale(x))
+    x = maybe(view["jitter"], functools.partial(color_jitter, order=order), *strengths, u(-view["hue"], view["hue"]))
+    x = maybe(view["gray"], grayscale)
     scale = x.shape[-1] / 224
-    x = maybe(view["blur"], gaussian_blur(x, scale * u(*view["sigma"]), math.ceil(3 * scale * view["sigma"][1])))
-    x = maybe(view["solarize"], torch.where(x >= 0.5, 1 - x, x))
-    x = maybe(view["flip"], x.flip(-1))
+    blur = functools.partial(gaussian_blur, radius=math.ceil(3 * scale * view["sigma"][1]))
+    x = maybe(view["blur"], blur, scale * u(*view["sigma"]))
+    x = maybe(view["solarize"], lambda x: torch.where(x >= 0.5, 1 - x, x))
+    x = maybe(view["flip"], lambda x: x.flip(-1))
     return normalize(x)
 
 
