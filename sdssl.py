@@ -325,8 +325,16 @@ class SDSSL(nn.Module):
             return byol_loss(q1, z2) + byol_loss(q2, z1)
         return ctr(q1, z2, self.tau) + ctr(q2, z1, self.tau)
 
-    def p(self, h):
-        """Predictors: K x (B, E) -> (K, B, E)."""
+    def p(self, h, alpha):
+        """Predictors: h, K x (B, E) -> q (K, B, E), for Eqs. 1 to 3 and Eq. 5 in one run.
+
+        Eq. 5 wants p(sg(h)): the same q and the same losses, only that the gradient ends at h. In two runs layer l's predictor
+        would learn with weight w (of Eqs. 1 to 3) plus beta (of Eq. 5), and h with w alone. Here the one q gets both weights,
+        and where its gradient enters h it is cut to w / (w + beta) of itself: the same gradient for every parameter.
+        """
+        if self.distill and self.beta:
+            weights = [*(alpha / (len(h) - 1) for _ in h[1:]), 1.0]
+            h = [x.detach() + w / (w + self.beta) * (x - x.detach()) for x, w in zip(h, weights)]  # the value is x, exactly
         return torch.stack(each(self.predictors, h))
 
     @torch.no_grad()
@@ -335,7 +343,7 @@ class SDSSL(nn.Module):
         return self.teacher_projector(self.teacher(x)[-1])
 
     def forward(self, x1, x2, alpha=1.0):
-        """Two views (B, 3, H, W) -> dict of scalars: `loss`, its terms `ssl`, `isd`, `pred`, and `spread` (no gradient).
+        """Two views (B, 3, H, W) -> dict of scalars: `loss`, and without gradient its terms `ssl`, `isd`, `pred`, and `spread`.
 
         alpha weighs the self-distillation. spread, of the final representation, is 1 on a uniformly filled sphere and 0 when
         all images have become one point: collapse (the measure of SimSiam, Chen & He 2021, Figure 2).
@@ -346,25 +354,24 @@ class SDSSL(nn.Module):
         """Algorithm 1. Returns forward's dict, and the last projections of both views, each (B, E)."""
         r1, r2 = self.backbone(x1)[self.layers], self.backbone(x2)[self.layers]  # K x (B, D), K layers with heads
         h1, h2 = each(self.projectors, r1), each(self.projectors, r2)  # f_s = projectors o backbone; K x (B, E)
-        loss_pred = loss_isd = torch.zeros((), device=x1.device)
-
         if self.teacher is None:  # SimCLR: no predictor, and the student's own last projection is the target
-            q1, q2 = torch.stack(h1), torch.stack(h2)
+            q1, q2 = torch.stack(h1), torch.stack(h2)  # (K, B, E)
             z1, z2 = h1[-1], h2[-1]
         else:
-            q1, q2 = self.p(h1), self.p(h2)  # (K, B, E)
+            q1, q2 = self.p(h1, alpha), self.p(h2, alpha)
             z1, z2 = self.f_t(x1), self.f_t(x2)
-            if self.distill:  # Eq. 5: sg(h) lets nothing but the predictors learn
-                sg_q1, sg_q2 = self.p([h.detach() for h in h1]), self.p([h.detach() for h in h2])
-                loss_pred = len(h1) * self.L_ssl(sg_q1, sg_q2, z1, z2)  # it sums over the K layers, L_ssl averages
 
         loss_ssl = self.L_ssl(q1[-1], q2[-1], z1, z2)
+        loss_isd = loss_pred = torch.zeros((), device=x1.device)
         if self.distill:  # Eq. 3: sg(z) lets the lower layers learn from the last, never the last from them
             loss_isd = self.L_ssl(q1[:-1], q2[:-1], z1.detach(), z2.detach())
+            if self.predictors is not None:  # Eq. 5: a sum over all K layers, where L_ssl averages; p has seen to sg(h)
+                loss_pred = loss_ssl + (len(h1) - 1) * loss_isd
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
 
         spread = F.normalize(r1[-1].detach().float(), dim=-1).std(0).mean() * r1[-1].shape[-1] ** 0.5
-        return dict(loss=loss, ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread), (h1[-1], h2[-1])
+        terms = dict(ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach(), spread=spread)
+        return dict(loss=loss) | terms, (h1[-1], h2[-1])
 
     @property
     def trained(self):

@@ -246,7 +246,7 @@ def test_loss_is_equation_4_or_6_of_its_terms(framework):
     assert (terms["pred"] == 0) == (framework == "simclr") and terms["isd"] > 0
 
 
-# Who learns from which term. "lower" is everything of a layer below the last, "last" the last layer's part.
+# Who learns from which term of the loss. "lower" is everything of a layer below the last, "last" the last layer's part.
 SOLE = {"backbone lower", "projector lower", "predictor lower"}
 WHO_LEARNS = {
     ("simclr", "ssl"): {"backbone lower", "backbone last", "projector last"},
@@ -269,10 +269,14 @@ def test_who_learns_from_which_term(framework, term):
     if framework != "simclr":
         groups |= {"predictor lower": model.predictors[:-1], "predictor last": model.predictors[-1]}
         groups |= {"teacher": model.teacher, "teacher projector": model.teacher_projector}
-    value = model(*torch.randn(2, 6, 3, 16, 16))[term]
-    if value.requires_grad:
-        value.backward()
-    learning = {name for name, group in groups.items() if any(p.grad is not None and p.grad.abs().max() > 0 for p in group.parameters())}
+    views, gradients = torch.randn(2, 6, 3, 16, 16), []
+    for alpha, model.beta in {"ssl": [(0, 0)], "isd": [(1, 0.5), (0, 0.5)], "pred": [(0.3, 1), (0.3, 0)]}[term]:
+        model.zero_grad()
+        model(*views, alpha)["loss"].backward()
+        gradients.append({p: p.grad.clone() for p in model.parameters() if p.grad is not None})
+    with_term, without = gradients[0], gradients[-1] if len(gradients) > 1 else {}
+    change = {p: (grad - without.get(p, 0)).abs().max() for p, grad in with_term.items()}
+    learning = {name for name, group in groups.items() if any(change.get(p, 0) > 1e-4 for p in group.parameters())}
     assert learning == WHO_LEARNS[framework, term]
     assert all(p.grad is None for p in model.backbone.patch_embed.parameters()) and model.backbone.pos_embed.grad is None
 
