@@ -102,7 +102,7 @@ def foreign_backbone(checkpoint, which, num_heads):
         raise sdssl.UserError(f"no {which} ViT in this file: it has {len(prefixes)} tensors `cls_token` to choose from")
     weights = {name[len(prefixes[0]) :]: w for name, w in flat.items() if name.startswith(prefixes[0])}
     weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
-    if num_heads is None:
+    if num_heads is None or num_heads < 1:
         raise sdssl.UserError("give --num-heads: it changes no shape, so it cannot be seen (ViT-S: 12 for MoCo v3, 6 for DINO and timm; ViT-B: 12)")
     try:
         embed_dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape

@@ -178,7 +178,7 @@ def run(argv=None):
 
     mode, first = "finetune" if args.finetune else "cached" if args.cached else "linear", 0
     weights = eval_knn.fingerprint(backbone)
-    settings = dict(weights=weights, num_heads=args.num_heads, epochs=args.epochs, batch_size=args.batch_size, lrs=rates)
+    settings = dict(data=data, weights=weights, num_heads=args.num_heads, epochs=args.epochs, batch_size=args.batch_size, lrs=rates)
     checkpoint = Path(args.checkpoint)
     path = checkpoint.with_name(f"{checkpoint.stem}-{mode}-{Path(data).resolve().name}-{args.which}.pt")
     if path.exists() and args.checkpoint != "random":

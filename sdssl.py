@@ -326,11 +326,11 @@ class SDSSL(nn.Module):
         return ctr(q1, z2, self.tau) + ctr(q2, z1, self.tau)
 
     def p(self, h, alpha):
-        """Predictors: h, K x (B, E) -> q (K, B, E), for Eqs. 1 to 3 and Eq. 5 in one run.
+        """Predictors: h, K x (B, E) -> q (K, B, E); one run serves Eqs. 1 to 3 and Eq. 5, which wants p(sg(h)).
 
-        Eq. 5 wants p(sg(h)): the same q and the same losses, only that the gradient ends at h. In two runs layer l's predictor
-        would learn with weight w (of Eqs. 1 to 3) plus beta (of Eq. 5), and h with w alone. Here the one q gets both weights,
-        and where its gradient enters h it is cut to w / (w + beta) of itself: the same gradient for every parameter.
+        Both ask for the same loss of the same q. Layer l's counts w in Eqs. 1 to 3 (1 for the last layer, alpha / (K - 1) for the
+        others) and beta in Eq. 5: predictors learn with weight w + beta, all before them with w, as Eq. 5 stops at h. So
+        `objective` sends w + beta through q, and here, between predictor and h, the gradient is multiplied by w / (w + beta).
         """
         if self.distill and self.beta:
             weights = [*(alpha / (len(h) - 1) for _ in h[1:]), 1.0]
@@ -479,7 +479,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
             x = shift_hue(x, hue)
             continue
         factor = (brightness, contrast, saturation)[operation]
-        base = (0, grayscale(x).mean((1, 2, 3), keepdim=True), grayscale(x))[operation]
+        base = grayscale(x) if operation else 0
+        base = base.mean((1, 2, 3), keepdim=True) if operation == 1 else base
         x = (factor * x + (1 - factor) * base).clamp(0, 1)
     return x
 
@@ -801,7 +802,7 @@ def extract(backbone, dataset, device, workers=0, batch_size=256):
     most = math.ceil(len(dataset) / world_size())
     features = [torch.zeros(most, width, dtype=torch.float16) for width in backbone.widths]
     labels, start = torch.full((most,), -1), 0
-    for images, y in DataLoader(Subset(dataset, share), batch_size, num_workers=workers):
+    for images, y in DataLoader(Subset(dataset, share), batch_size, num_workers=workers, worker_init_fn=outlive_signals):
         images = images.to(device)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             layers = backbone(normalize(images))
@@ -1163,7 +1164,7 @@ class Log:
     def read(self, record, tensors):
         """Complete and write a step's record with its tensors, averaged over ranks: only here the host waits for the device.
 
-        Returns the record, the same on all ranks; UserError if a number is not finite.
+        Returns the record, with the same tensors on all ranks; UserError if one is not finite.
         """
         values = torch.stack([t.detach().float() for t in tensors.values()])
         if world_size() > 1:
