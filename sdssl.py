@@ -370,8 +370,8 @@ class SDSSL(nn.Module):
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
 
         spread = F.normalize(r1[-1].detach().float(), dim=-1).std(0).mean() * r1[-1].shape[-1] ** 0.5
-        terms = dict(ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach(), spread=spread)
-        return dict(loss=loss) | terms, (h1[-1], h2[-1])
+        terms = dict(loss=loss, ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach(), spread=spread)
+        return terms, (h1[-1], h2[-1])
 
     @property
     def trained(self):
