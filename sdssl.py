@@ -14,7 +14,7 @@ a projector and a predictor of its own. In the paper all layers get better, the 
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet    # one server; many nodes: README.md
 
 Read from top to bottom, the way an image travels: ViT -> heads -> losses -> objective (the paper is section 4) -> views and
-data -> k-NN -> schedules and checkpoints -> configuration -> training.  Sections 1 to 4 use nothing below them: copy them freely.
+data -> k-NN -> schedules and checkpoints -> configuration -> training. Sections 1 to 4 use nothing below them: copy them freely.
 
 B images in a batch, N tokens, D embedding width, L blocks, E head output; view 1 and view 2 of an image are x1 and x2.
 """
@@ -66,7 +66,7 @@ def sincos_2d(dim, height, width):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v for q (..., M, d), k and v (..., N, d) -> (..., M, d)."""
-    if q.device.type == "cpu" and k.shape[-2] < 100:  # few tokens: the fused kernel takes twice as long, forth and back
+    if q.device.type == "cpu" and k.shape[-2] < 100:  # few tokens: the fused kernel is slower, above all backwards
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -365,7 +365,7 @@ class SDSSL(nn.Module):
         loss_isd = loss_pred = torch.zeros((), device=x1.device)
         if self.distill:  # Eq. 3: sg(z) lets the lower layers learn from the last, never the last from them
             loss_isd = self.L_ssl(q1[:-1], q2[:-1], z1.detach(), z2.detach())
-            if self.predictors is not None:  # Eq. 5: a sum over all K layers, where L_ssl averages; p has seen to sg(h)
+            if self.teacher is not None:  # Eq. 5: a sum over all K layers, where L_ssl averages; p has seen to sg(h)
                 loss_pred = loss_ssl + (len(h1) - 1) * loss_isd
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
 
@@ -479,8 +479,8 @@ def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
             x = shift_hue(x, hue)
             continue
         factor = (brightness, contrast, saturation)[operation]
-        base = grayscale(x) if operation else 0
-        base = base.mean((1, 2, 3), keepdim=True) if operation == 1 else base
+        gray = grayscale(x) if operation > 0 else 0
+        base = gray.mean((1, 2, 3), keepdim=True) if operation == 1 else gray
         x = (factor * x + (1 - factor) * base).clamp(0, 1)
     return x
 
@@ -1254,8 +1254,8 @@ def train(config):
         model.compile()
     ddp = model
     if world_size() > 1:
-        own = device.type == "cpu"  # BatchNorm's statistics: SyncBatchNorm's are the same on all ranks anyway
-        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=own, gradient_as_bucket_view=True)
+        cpu = device.type == "cpu"  # under CUDA, SyncBatchNorm's statistics are the same on all ranks anyway
+        ddp = nn.parallel.DistributedDataParallel(model, broadcast_buffers=cpu, gradient_as_bucket_view=True)
 
     dataset = TwoCrops(source, config.img_size, config.min_crop, config.seed, device)
     sampler = DistributedSampler(dataset, world_size(), rank(), seed=config.seed, drop_last=True)
