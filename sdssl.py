@@ -399,21 +399,21 @@ def mutual_kl(h1, h2, peer_h1, peer_h2, tau=0.1):
 
 
 class DoGo(nn.Module):
-    """Distill-on-the-Go (CVPRW 2021): two SDSSL models side by side, each with its own loss plus mutual_kl towards the other.
+    """Distill-on-the-Go (CVPRW 2021): two SDSSL models side by side, each with its own loss plus `mutual` * mutual_kl to the other.
 
     It has SDSSL's interface, so the training loop does not know. Terms of the second model come with the prefix peer_.
     """
 
-    def __init__(self, model, peer):
+    def __init__(self, model, peer, mutual=1.0):
         super().__init__()
-        self.model, self.peer = model, peer
+        self.model, self.peer, self.mutual = model, peer, mutual
 
     def forward(self, x1, x2, alpha=1.0):
         """Two views (B, 3, H, W) -> dict of scalars: `loss`, both models' terms, and `kl`, `peer_kl`."""
         terms, h = self.model.objective(x1, x2, alpha)
         peer_terms, peer_h = self.peer.objective(x1, x2, alpha)
         kl, peer_kl = mutual_kl(*h, *peer_h), mutual_kl(*peer_h, *h)
-        terms["loss"] = terms["loss"] + kl + peer_terms.pop("loss") + peer_kl
+        terms["loss"] = terms["loss"] + peer_terms.pop("loss") + self.mutual * (kl + peer_kl)
         return terms | dict(kl=kl, peer_kl=peer_kl) | {f"peer_{name}": value for name, value in peer_terms.items()}
 
     @property
@@ -961,6 +961,7 @@ class Config:
     every: int = opt(1, "distil each n-th layer only, counted from the last", 1)
     mid_layers: int = opt(3, "layers of the intermediate projectors; 0: the predictor takes the representation itself", 0, 10)
     peer: str = opt("none", "backbone of a second network, trained beside the first: Distill-on-the-Go", choices=("none", *ARCHS))
+    mutual: float = opt(1.0, "weight of the divergence between the peers", 0, 100)
     tau: float = opt(0.2, "temperature of the contrastive loss", 1e-3, 100)
     m0: float = opt(0.996, "teacher's momentum at the start; cosine to 1", 0, 1)
     # the model
@@ -1074,7 +1075,7 @@ def build_model(config):
               config.tau, config.beta, config.every, config.mid_layers)
         for arch in (config.arch, config.peer) if arch != "none"
     ]  # fmt: skip
-    return DoGo(*models) if len(models) == 2 else models[0]
+    return DoGo(*models, config.mutual) if len(models) == 2 else models[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

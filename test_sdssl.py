@@ -420,9 +420,9 @@ def test_mutual_kl_is_the_divergence_of_similarity_rows_and_spares_the_peer():
 def test_dogo_is_two_models_and_their_mutual_losses():
     a, b = tiny_sdssl("mocov3"), tiny_sdssl("simclr", distill=False)
     x1, x2 = torch.randn(2, 6, 3, 16, 16)
-    terms = sdssl.DoGo(a, b)(x1, x2, 0.3)
+    terms = sdssl.DoGo(a, b, mutual=0.7)(x1, x2, 0.3)
     h, peer_h = ([m.projectors[-1](m.backbone(x)[-1]) for x in (x1, x2)] for m in (a, b))
-    expected = a(x1, x2, 0.3)["loss"] + b(x1, x2, 0.3)["loss"] + sdssl.mutual_kl(*h, *peer_h) + sdssl.mutual_kl(*peer_h, *h)
+    expected = a(x1, x2, 0.3)["loss"] + b(x1, x2, 0.3)["loss"] + 0.7 * (sdssl.mutual_kl(*h, *peer_h) + sdssl.mutual_kl(*peer_h, *h))
     torch.testing.assert_close(terms["loss"], expected)
     names = ("ssl", "isd", "pred", "spread")
     assert terms.keys() == {"loss", "kl", "peer_kl", *names, *(f"peer_{n}" for n in names)}
@@ -748,6 +748,9 @@ SWITCHES = {  # a line of the log, and how many linear layers each projector has
     "--mid-layers 2 --framework simclr": lambda line, depths: depths == [2] * 5 + [3] and line["isd"] > 0 == line["pred"],
     "--arch resnet18 --no-distill": lambda line, depths: depths == [3] and line["isd"] == line["pred"] == 0,
     "--arch resnet18 --peer vit_toy": lambda line, depths: line["peer_kl"] > 0 and line["peer_isd"] > 0,
+    "--no-distill --peer vit_toy --mutual 0.3": lambda line, depths: (
+        abs(line["loss"] - line["ssl"] - line["peer_ssl"] - 0.3 * (line["kl"] + line["peer_kl"])) < 1e-4 < line["kl"]
+    ),
 }
 
 
