@@ -13,8 +13,8 @@ a projector and a predictor of its own. In the paper all layers get better, the 
     python sdssl.py --data cifar10                                   # one GPU; then eval_knn.py and eval_linear.py, every layer
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet    # one server; many nodes: README.md
 
-Read from top to bottom, the way an image travels: ViT -> heads -> losses -> objective (the paper is section 4) -> views and
-data -> k-NN -> schedules and checkpoints -> configuration -> training. Sections 1 to 4 use nothing below them: copy them freely.
+Read from top to bottom, the way an image travels: ViT -> heads -> losses -> objective -> views and data -> k-NN -> schedules and
+checkpoints -> configuration -> training. The paper's method is section 4 below. Sections 1 to 4 use nothing below them: copy freely.
 
 B images in a batch, N tokens, D embedding width, L blocks, E head output; view 1 and view 2 of an image are x1 and x2.
 """
@@ -137,7 +137,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N - 1, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
         cls = []
-        for block in self.blocks:  # of the last block nobody needs the patches: a twelfth block costs a quarter
+        for block in self.blocks:  # of the last block only [CLS] is computed: nobody reads its patches
             x = block(x, queries=1 if block is self.blocks[-1] else None)
             cls.append(self.norm(x[:, 0]))
         return cls
@@ -283,6 +283,11 @@ def each(heads, xs):
     return [head(x) for head, x in zip(heads, xs)]
 
 
+def scale_gradient(x, factor):
+    """x itself, exactly; the gradient that comes back through it is multiplied by `factor`: 0 is the paper's sg(x)."""
+    return x.detach() + factor * (x - x.detach())
+
+
 class SDSSL(nn.Module):
     """Self-distilled SimCLR, BYOL or MoCo v3 around a backbone; distill=False is the plain framework, without intermediate heads.
 
@@ -326,15 +331,15 @@ class SDSSL(nn.Module):
         return ctr(q1, z2, self.tau) + ctr(q2, z1, self.tau)
 
     def p(self, h, alpha):
-        """Predictors: h, K x (B, E) -> q (K, B, E); one run serves Eqs. 1 to 3 and Eq. 5, which wants p(sg(h)).
+        """Predictors: h, K x (B, E) -> q (K, B, E); one run serves Eqs. 1 to 3, which want p(h), and Eq. 5, which wants p(sg(h)).
 
-        Both ask for the same loss of the same q. Layer l's counts w in Eqs. 1 to 3 (1 for the last layer, alpha / (K - 1) for the
-        others) and beta in Eq. 5: predictors learn with weight w + beta, all before them with w, as Eq. 5 stops at h. So
+        The values are the same, and so is the loss of layer l. It counts w in Eqs. 1 to 3 (1 for the last layer, alpha / (K - 1)
+        for the others) and beta in Eq. 5: predictors learn with weight w + beta, all before them with w, as Eq. 5 stops at h. So
         `objective` sends w + beta through q, and here, between predictor and h, the gradient is multiplied by w / (w + beta).
         """
         if self.distill and self.beta:
             weights = [*(alpha / (len(h) - 1) for _ in h[1:]), 1.0]
-            h = [x.detach() + w / (w + self.beta) * (x - x.detach()) for x, w in zip(h, weights)]  # the value is x, exactly
+            h = [scale_gradient(x, w / (w + self.beta)) for x, w in zip(h, weights)]
         return torch.stack(each(self.predictors, h))
 
     @torch.no_grad()
@@ -365,7 +370,9 @@ class SDSSL(nn.Module):
         loss_isd = loss_pred = torch.zeros((), device=x1.device)
         if self.distill:  # Eq. 3: sg(z) lets the lower layers learn from the last, never the last from them
             loss_isd = self.L_ssl(q1[:-1], q2[:-1], z1.detach(), z2.detach())
-            if self.teacher is not None:  # Eq. 5: a sum over all K layers, where L_ssl averages; p has seen to sg(h)
+            if self.teacher is not None:
+                # Eq. 5 keeps the predictors near their optimum while the layers below learn from two losses. Its value is that of
+                # Eqs. 1 to 3, summed over all K layers where L_ssl averages: sg(h) changes the gradient only, and p has seen to it
                 loss_pred = loss_ssl + (len(h1) - 1) * loss_isd
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; Eq. 4 for SimCLR
 
@@ -862,10 +869,11 @@ def learning_rate(step, total, warmup, peak):
 
 def parameter_groups(model, weight_decay):
     """What the optimiser gets: no frozen parameters; weight decay on matrices, none on biases, norms and [CLS]."""
-    learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decay = [p for name, p in learning if p.ndim > 1 and not name.endswith("cls_token")]
-    rest = [p for name, p in learning if p.ndim <= 1 or name.endswith("cls_token")]
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    decayed, rest = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if p.ndim > 1 and not name.endswith("cls_token") else rest).append(p)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
 
 
 ARCHS = {
@@ -953,7 +961,6 @@ class Config:
     framework: str = opt("mocov3", "the SSL framework that is self-distilled", choices=FRAMEWORKS)
     distill: bool = opt(True, "self-distillation; without it, the plain framework")
     data: str = opt("toy", f"toy, {', '.join(TORCHVISION)}, or a folder with train/<class>/ and val/<class>/")
-    preset: str = opt("", "toy, cifar10 or imagenet; follows from --data")
     # the method
     alpha: float = opt(1.0, "weight of the intermediate self-distillation, at the end of training", 0, 100)
     anneal: bool = opt(True, "let alpha rise from 0 on half a cosine; without it, alpha is constant")
@@ -980,7 +987,8 @@ class Config:
     seed: int = opt(0, "of everything random", 0, 2**31)
     # the run: where and how, not what is learned; a resumed run may have other values
     out: str = opt("", "run folder; by default runs/ and a name that tells data, framework and seed")
-    resume: bool = opt(False, "continue the newest run of this name, if there is one, from its last checkpoint; torchrun's restarts do")
+    preset: str = opt("", "toy, cifar10 or imagenet; follows from --data")
+    resume: bool = opt(False, "continue the newest run of this name and these settings from its last checkpoint; torchrun's restarts do")
     save_every: int = opt(0, "steps between two checkpoints, besides the one each epoch; 0: none", 0)
     max_steps: int = opt(0, "stop after so many optimiser steps, with schedules as planned; 0: after the last epoch", 0)
     knn_every: int = opt(10, "epochs between two k-NN tables; 0: no table at all", 0)
@@ -997,7 +1005,6 @@ PRESETS = {
     "cifar10": dict(arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048, epochs=200, warmup_epochs=10, batch_size=512,
                     lr=5e-4, weight_decay=0.1, m0=0.99, min_crop=0.2, knn_every=10),
     "imagenet": dict(),  # the paper's ViT-S/16, section 4.1: the defaults above
-    "imagenet/simclr": dict(lr=1.3e-4),
 }  # fmt: skip
 
 
@@ -1035,10 +1042,13 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     data = given.get("data", "toy")
     preset = given.get("preset") or {"toy": "toy", "cifar10": "cifar10", "cifar100": "cifar10"}.get(data, "imagenet")
-    if preset not in PRESETS or "/" in preset:
+    if preset not in PRESETS:
         raise UserError(f"argument --preset: {preset!r} is none of toy, cifar10, imagenet")
-    refined = PRESETS.get(f"{preset}/{given.get('framework', Config.framework)}", {})
-    config = Config(**PRESETS[preset] | refined | given | dict(preset=preset))
+    config = Config(**PRESETS[preset] | given | dict(preset=preset))
+    if preset == "imagenet" and config.framework == "simclr" and "lr" not in given:
+        config.lr = 1.3e-4  # section 4.1
+    if "warmup_epochs" not in given:
+        config.warmup_epochs = min(config.warmup_epochs, config.epochs)
     check(config)
     return config
 
@@ -1095,22 +1105,40 @@ def set_up(device="auto"):
     if use_cuda:
         torch.cuda.set_device(device)
     else:
-        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # once freed, glibc keeps blocks up to this size: each step reuses their pages
+        torch.empty(2**25 - 2**16, dtype=torch.uint8)  # freed at once; glibc then keeps blocks up to this size, and steps reuse them
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")  # the evaluation gathers on the CPU too
     return device
 
 
+def contradictions(config, folder):
+    """What the run in `folder` would learn otherwise, in words; none if it has not begun. Data may have moved: their name counts."""
+    try:
+        saved = dataclasses.asdict(Config()) | json.loads((folder / "config.json").read_text())  # settings newer than the run: the default
+    except (OSError, ValueError):
+        return ""
+    names, found = [field.name for field in dataclasses.fields(config)], []
+    for name in names[: names.index("out")]:
+        there, here = saved[name], getattr(config, name)
+        same = there == here or name == "data" and Path(there).resolve().name == Path(here).resolve().name
+        found += [] if same else [f"--{name.replace('_', '-')} is {there} there, {here} here"]
+    return "; ".join(found)
+
+
 def run_folder(config):
     """The folder of this run, the same on all ranks, and its checkpoint to go on from or None.
 
-    A new one, since earlier runs are never written over; with --resume, and when torchrun restarts us, the newest of its name.
+    A new one, since earlier runs are never written over; with --resume, and when torchrun restarts us, the newest of its name
+    with the same settings. Raises UserError if --resume finds runs of that name, but none of these settings.
     """
     resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     base = Path(config.out or f"runs/{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(Path(f"{base}-{i}") for i in range(2, 10**4))]
-    newest = max((i for i, name in enumerate(names) if name.exists()), default=-1)
-    folder = names[max(0, newest) if resume else newest + 1]
+    there = [i for i, name in enumerate(names) if name.exists()]
+    ours = [i for i in there if resume and not contradictions(config, names[i])]
+    if config.resume and there and not ours:
+        raise UserError(f"cannot go on from {names[there[-1]]}: {contradictions(config, names[there[-1]])}")
+    folder = names[ours[-1] if ours else max(there, default=-1) + 1]
     saved = [path for path in (folder / "last.pt", folder / "previous.pt") if resume and path.exists()]
     decision = [folder, saved[0] if saved else None]
     if world_size() > 1:
@@ -1134,16 +1162,6 @@ def save_views(path, dataset, keys, seed):
     torchvision.utils.save_image(TF.resize(grid, max(300, grid.shape[1]), TF.InterpolationMode.NEAREST), path)
 
 
-def same_run(config, saved, path):
-    """Raises UserError, naming the differences, if a checkpoint's configuration would learn something else."""
-    names = [field.name for field in dataclasses.fields(config)]
-    learned = names[: names.index("out")]
-    pairs = [(n.replace("_", "-"), saved.get(n), getattr(config, n)) for n in learned]
-    differences = [f"--{flag} is {there} there, {here} here" for flag, there, here in pairs if there != here]
-    if differences:
-        raise UserError(f"cannot go on from {path}: {'; '.join(differences)}")
-
-
 def every_nth(dataset, most):
     """At most `most` images, evenly spaced: the k-NN table during training is a monitor; eval_knn.py takes them all."""
     return Subset(dataset, range(0, len(dataset), math.ceil(len(dataset) / most)))
@@ -1154,9 +1172,10 @@ class Log:
 
     def __init__(self, folder, first):
         self.path, self.collapsed = folder / "log.jsonl", False
-        if rank() == 0 and self.path.exists():  # of a resumed run: what it did after its checkpoint, it will do again
+        if rank() == 0 and self.path.exists():  # of a resumed run: what it did after its checkpoint, its k-NN table first, comes again
             whole = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            self.path.write_text("".join(line for line in whole if json.loads(line)["step"] <= first))
+            before = [line for line in whole if (json.loads(line)["step"], "knn" in json.loads(line)) < (first, True)]
+            self.path.write_text("".join(before))
         self.restart_clock()
 
     def restart_clock(self):
@@ -1222,6 +1241,18 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def log_knn(log, model, parts, device, workers, step, epoch):
+    """The k-NN table of every trained network, into the log and onto the screen. parts: the training and validation images."""
+    for name, backbone in model.trained.items():
+        accuracies = knn(*(extract(backbone, part, device, workers) for part in parts), device)
+        log.write(dict(step=step, epoch=epoch, network=name, knn=accuracies.tolist()))
+        if rank() == 0:
+            columns = {"top-1": accuracies[:, 0].tolist(), "top-5": accuracies[:, 1].tolist()}
+            tqdm.write(layer_table(columns, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
+    model.train()
+    log.restart_clock()
+
+
 def train(config):
     """One run, from the first image to the table of all layers; everything it makes lands in its run folder.
 
@@ -1247,7 +1278,6 @@ def train(config):
     (folder, saved), first = run_folder(config), 0
     if saved:
         checkpoint = load_checkpoint(saved)
-        same_run(config, checkpoint["config"], saved)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
@@ -1268,20 +1298,26 @@ def train(config):
     if rank() == 0:
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
         print(f"{folder}: step {first} to {max(first, last)} of {total}, {device.type} x {world_size()}")
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
         if first == 0:
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
             save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)
 
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
     log, named, replaced, batches = Log(folder, first), set(), 0, iter(loader)
     with bar, stop_signals() as asked_to_stop:  # the bar is closed before an error is printed
-        for step in range(first, last):
+        for step in range(first, last + 1):
+            if config.knn_every and step and (step == last or step % (config.knn_every * steps_per_epoch) == 0):
+                log_knn(log, model, (knn_train, knn_val), device, workers, step, step / steps_per_epoch)
+            if step == last:
+                break
+
             start = time.perf_counter()
             crops, complaints = next(batches)
             crops = crops.to(device, non_blocking=True)  # (2, B, 3, H, W)
             log.waited += time.perf_counter() - start
 
             lr = learning_rate(step, total, config.warmup_epochs * steps_per_epoch, config.lr * config.batch_size / 256)
+            # section 4.5: what the last layer knows is worth following only once it has learned something
             alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
             m = cosine(config.m0, 1, step / total)
             for group in optimizer.param_groups:
@@ -1322,15 +1358,6 @@ def train(config):
                 if rank() == 0:
                     tqdm.write(f"stopped after step {done}, saved in {folder}; the same command with --resume goes on")
                 break
-            if config.knn_every and (done == last or epoch % config.knn_every == 0):
-                for name, backbone in model.trained.items():
-                    accuracies = knn(*(extract(backbone, part, device, workers) for part in (knn_train, knn_val)), device)
-                    log.write(dict(step=done, epoch=epoch, network=name, knn=accuracies.tolist()))
-                    if rank() == 0:
-                        columns = {"top-1": accuracies[:, 0].tolist(), "top-5": accuracies[:, 1].tolist()}
-                        tqdm.write(layer_table(columns, f"\nk-NN accuracy of every layer of the {name} (%), epoch {epoch:g}"))
-                model.train()
-                log.restart_clock()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -739,6 +740,43 @@ def test_resumed_run_ends_with_the_same_weights_bit_for_bit(framework, tmp_path,
     assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
 
 
+def test_resume_finds_the_run_with_its_settings_even_if_the_data_moved(folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(folder, tmp_path / "here" / "set")
+    monkeypatch.chdir(tmp_path)
+    flags = ["--preset", "toy", "--batch-size", "8", "--epochs", "2", "--knn-every", "0", "--workers", "0"]
+    first = run(tmp_path, *flags, "--data", str(folder), "--max-steps", "1")
+    second = run(tmp_path, *flags, "--data", str(folder), "--max-steps", "1", "--tau", "0.3")
+    assert second.parent.name == "run-2"
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "2", "--resume") == first
+    assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "2", "--resume", "--tau", "0.3") == second
+    assert [torch.load(path, weights_only=True)["step"] for path in (first, second)] == [2, 2]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun restarts a third run, which was killed before it had a folder
+    assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "1", "--tau", "0.4").parent.name == "run-3"
+
+
+def test_a_table_that_a_stop_prevented_comes_with_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sdssl, "open_dataset", lambda data, part: sdssl.Glyphs(32, seed=0))
+    flags = ["--batch-size", "16", "--log-every", "1", "--knn-every", "1"]
+    whole = log_of(run(tmp_path / "whole", *flags))
+    update, steps = SDSSL.update_teacher, []
+
+    def ctrl_c_in_the_last_step(self, m):
+        steps.append(update(self, m))
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SDSSL, "update_teacher", ctrl_c_in_the_last_step)
+        path = run(tmp_path / "parts", *flags)
+    assert [("knn" in line, line["step"]) for line in log_of(path)] == [(False, 1), (False, 2)]
+    for _ in range(2):  # again and again, if one asks
+        capsys.readouterr()
+        assert run(tmp_path / "parts", *flags, "--resume") == path
+        assert "k-NN accuracy of every layer" in "".join(capsys.readouterr())
+        assert [line.get("knn") for line in log_of(path)] == [line.get("knn") for line in whole]
+
+
 SWITCHES = {  # a line of the log, and how many linear layers each projector has
     "--no-anneal --alpha 0.5": lambda line, depths: line["alpha"] == 0.5,
     "--beta 0": lambda line, depths: abs(line["loss"] - line["ssl"] - line["alpha"] * line["isd"]) < 1e-4 < line["pred"],
@@ -1077,6 +1115,13 @@ def test_probing_leaves_the_backbone_alone_and_matches_logistic_regression(train
         assert 15 < expected < 95 and found[layer] == pytest.approx(expected, abs=1.0)
 
 
+def test_fingerprint_sees_the_last_bit_and_not_the_threads():
+    net, threads = nn.Linear(300, 300), torch.get_num_threads()
+    found = [torch.set_num_threads(n) or eval_knn.fingerprint(net) for n in (1, 2, threads)]
+    net.weight.data[7, 7] = torch.nextafter(net.weight.data[7, 7], torch.tensor(9.0))
+    assert found[0] == found[1] != eval_knn.fingerprint(net)
+
+
 def test_an_interrupted_probe_goes_on_and_nothing_is_overwritten(trained, small, tmp_path, capsys, monkeypatch):
     path, flags = tmp_path / "run" / "last.pt", ["--cached", "--epochs", "6", "--batch-size", "300"]
     path.parent.mkdir()
@@ -1396,6 +1441,7 @@ def test_default_then_preset_then_flag():
     assert sdssl.parse_config(["--data", "/imagenet", "--framework", "simclr"]).lr == 1.3e-4
     assert sdssl.parse_config(["--data", "/imagenet", "--framework", "simclr", "--lr", "1e-3"]).lr == 1e-3
     assert sdssl.parse_config(["--data", "cifar100"]).img_size == 32 and sdssl.parse_config([]).arch == "vit_toy"
+    assert sdssl.parse_config(["--epochs", "1"]).warmup_epochs == 1 and sdssl.parse_config(["--epochs", "9"]).warmup_epochs == 2
     assert sdssl.parse_config(["--data", "/x", "--preset", "toy"]).arch == "vit_toy" and not sdssl.parse_config(["--no-distill"]).distill
 
 
