@@ -12,7 +12,6 @@ Prints a table and adds the numbers to knn.json beside the checkpoint, by name o
 import hashlib
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy
@@ -194,9 +193,7 @@ def add_result(path, *keys_and_value):
     if place.get("weights") != value["weights"]:
         place.clear()
     place.update(value)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(whole, indent=1))
-    os.replace(new, path)
+    sdssl.write_whole(path, json.dumps(whole, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -333,9 +333,9 @@ class SDSSL(nn.Module):
     def p(self, h, alpha):
         """Predictors: h, K x (B, E) -> q (K, B, E); one run serves Eqs. 1 to 3, which want p(h), and Eq. 5, which wants p(sg(h)).
 
-        The values are the same, and so is the loss of layer l. It counts w in Eqs. 1 to 3 (1 for the last layer, alpha / (K - 1)
-        for the others) and beta in Eq. 5: predictors learn with weight w + beta, all before them with w, as Eq. 5 stops at h. So
-        `objective` sends w + beta through q, and here, between predictor and h, the gradient is multiplied by w / (w + beta).
+        The values are the same, and so is the loss of layer l. Its weight is w in Eqs. 1 to 3 (1 for the last layer, alpha / (K - 1)
+        for the others) and beta in Eq. 5. Predictors need the gradient w + beta, everything below them only w: `objective` sends
+        w + beta, and scaling by w / (w + beta) at h leaves w.
         """
         if self.distill and self.beta:
             weights = [*(alpha / (len(h) - 1) for _ in h[1:]), 1.0]
@@ -794,7 +794,7 @@ def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
     chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
     for x, out in zip(test_x.split(chunk), scores.split(chunk)):
         similarities, neighbours = (F.normalize(x.float(), dim=-1) @ train_x.T).topk(k)
-        out.scatter_add_(1, train_y[neighbours], ((similarities - 1) / temperature).exp())  # exp(-1 / T), common to all, for overflow
+        out.scatter_add_(1, train_y[neighbours], ((similarities - 1) / temperature).exp())  # minus 1 scales all votes alike; no overflow
     return scores
 
 
@@ -864,7 +864,7 @@ def cosine(start, end, t):
 
 def learning_rate(step, total, warmup, peak):
     """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
-    return peak * (step + 1) / warmup if step < warmup else cosine(peak, 0, (step - warmup) / max(1, total - warmup))
+    return peak * min(1, (step + 1) / warmup) if step < warmup else cosine(peak, 0, (step - warmup) / max(1, total - warmup))
 
 
 def parameter_groups(model, weight_decay):
@@ -891,7 +891,7 @@ def build_backbone(architecture):
     return (ResNet if "name" in architecture else VisionTransformer)(**architecture)
 
 
-def save_checkpoint(folder, config, model, optimizer, step):
+def save_checkpoint(folder, config, model, optimizer, step, images):
     """last.pt in `folder`: the backbone people want, and all that a resumed run needs, since random numbers follow from the step.
 
     Written beside and renamed; the one before stays as previous.pt. At any moment one of the two is there and whole. Raises
@@ -899,7 +899,7 @@ def save_checkpoint(folder, config, model, optimizer, step):
     """
     new, last = folder / "last.new", folder / "last.pt"
     checkpoint = {name: net.state_dict() for name, net in model.trained.items()} | dict(
-        architecture=architecture(config, config.arch), peer_architecture=architecture(config, config.peer),
+        architecture=architecture(config, config.arch), peer_architecture=architecture(config, config.peer), images=images,
         config=dataclasses.asdict(config), model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)  # fmt: skip
     try:
         torch.save(checkpoint, new)
@@ -1111,12 +1111,15 @@ def set_up(device="auto"):
     return device
 
 
+def write_whole(path, text):
+    """Write beside and rename: at any moment the old text is there or the new one, never half of it."""
+    path.with_suffix(".new").write_text(text)
+    os.replace(path.with_suffix(".new"), path)
+
+
 def contradictions(config, folder):
-    """What the run in `folder` would learn otherwise, in words; none if it has not begun. Data may have moved: their name counts."""
-    try:
-        saved = dataclasses.asdict(Config()) | json.loads((folder / "config.json").read_text())  # settings newer than the run: the default
-    except (OSError, ValueError):
-        return ""
+    """What the run in `folder` learns otherwise, in words: "" for nothing. Data may have moved: of a folder the name counts."""
+    saved = dataclasses.asdict(Config()) | json.loads((folder / "config.json").read_text())  # settings newer than the run: the default
     names, found = [field.name for field in dataclasses.fields(config)], []
     for name in names[: names.index("out")]:
         there, here = saved[name], getattr(config, name)
@@ -1131,21 +1134,25 @@ def run_folder(config):
     A new one, since earlier runs are never written over; with --resume, and when torchrun restarts us, the newest of its name
     with the same settings. Raises UserError if --resume finds runs of that name, but none of these settings.
     """
-    resume = config.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    restarts = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+    if world_size() > 1:
+        dist.all_reduce(restarts, dist.ReduceOp.MAX)  # each node's torchrun counts its own failures
+    resume = config.resume or bool(restarts)
     base = Path(config.out or f"runs/{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(Path(f"{base}-{i}") for i in range(2, 10**4))]
-    there = [i for i, name in enumerate(names) if name.exists()]
-    ours = [i for i in there if resume and not contradictions(config, names[i])]
-    if config.resume and there and not ours:
-        raise UserError(f"cannot go on from {names[there[-1]]}: {contradictions(config, names[there[-1]])}")
-    folder = names[ours[-1] if ours else max(there, default=-1) + 1]
-    saved = [path for path in (folder / "last.pt", folder / "previous.pt") if resume and path.exists()]
+    taken = [i for i, name in enumerate(names) if name.exists()]
+    begun = [i for i in taken if resume and (names[i] / "config.json").exists()]
+    ours = [i for i in begun if not contradictions(config, names[i])]
+    if config.resume and begun and not ours:
+        raise UserError(f"cannot go on from {names[begun[-1]]}: {contradictions(config, names[begun[-1]])}")
+    folder = names[ours[-1] if ours else max(taken, default=-1) + 1]
+    saved = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     decision = [folder, saved[0] if saved else None]
     if world_size() > 1:
         dist.broadcast_object_list(decision)
     if rank() == 0:
         try:
-            folder.mkdir(parents=True, exist_ok=resume)
+            folder.mkdir(parents=True, exist_ok=bool(ours))
         except OSError as error:
             raise UserError(f"argument --out: cannot make the run folder ({one_line(error)})") from None
     return decision
@@ -1170,12 +1177,12 @@ def every_nth(dataset, most):
 class Log:
     """log.jsonl, written by rank 0, and the clock between its lines."""
 
-    def __init__(self, folder, first):
+    def __init__(self, folder, first, table_due):
         self.path, self.collapsed = folder / "log.jsonl", False
-        if rank() == 0 and self.path.exists():  # of a resumed run: what it did after its checkpoint, its k-NN table first, comes again
-            whole = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            before = [line for line in whole if (json.loads(line)["step"], "knn" in json.loads(line)) < (first, True)]
-            self.path.write_text("".join(before))
+        if rank() == 0 and self.path.exists():  # resuming: what came after the checkpoint comes again, its k-NN table if it is due
+            lines = [json.loads(line) for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = [line for line in lines if line["step"] < first or line["step"] == first and not ("knn" in line and table_due)]
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.restart_clock()
 
     def restart_clock(self):
@@ -1224,7 +1231,7 @@ def outlive_signals(worker):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yields a list that is empty until someone asks us to stop: Ctrl-C, SIGTERM, or SIGUSR1 as SLURM sends before pre-emption."""
+    """Yields a list that is empty until someone asks us to stop: Ctrl-C, SIGTERM, or SIGUSR1, which SLURM sends early if asked to."""
     received = []
     before = {s: signal.signal(s, lambda number, frame: received.append(number)) for s in STOP_SIGNALS}
     try:
@@ -1275,9 +1282,12 @@ def train(config):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # on CPU, BatchNorm sees the images of its rank only
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
 
-    (folder, saved), first = run_folder(config), 0
+    first = 0
+    folder, saved = run_folder(config)
     if saved:
         checkpoint = load_checkpoint(saved)
+        if checkpoint["images"] != len(source):
+            raise UserError(f"cannot go on from {saved}: it was trained on {checkpoint['images']} images, here are {len(source)}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
@@ -1299,14 +1309,18 @@ def train(config):
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
         print(f"{folder}: step {first} to {max(first, last)} of {total}, {device.type} x {world_size()}")
         if first == 0:
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
+            write_whole(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
             save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)
 
+    def table_due(step):
+        return config.knn_every and step and (step == last or step % (config.knn_every * steps_per_epoch) == 0)
+
     bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True, disable=rank() > 0)
-    log, named, replaced, batches = Log(folder, first), set(), 0, iter(loader)
+    log, batches = Log(folder, first, table_due(first)), iter(loader)
+    named, replaced = set(), 0  # broken images
     with bar, stop_signals() as asked_to_stop:  # the bar is closed before an error is printed
         for step in range(first, last + 1):
-            if config.knn_every and step and (step == last or step % (config.knn_every * steps_per_epoch) == 0):
+            if table_due(step):
                 log_knn(log, model, (knn_train, knn_val), device, workers, step, step / steps_per_epoch)
             if step == last:
                 break
@@ -1353,7 +1367,7 @@ def train(config):
                     raise UserError(f"{record['broken_images']:g} of {seen} images could not be read: more than 1 %")
                 stop = record["stop"] > 0
             if (save or stop) and rank() == 0:
-                save_checkpoint(folder, config, model, optimizer, done)
+                save_checkpoint(folder, config, model, optimizer, done, len(source))
             if stop:
                 if rank() == 0:
                     tqdm.write(f"stopped after step {done}, saved in {folder}; the same command with --resume goes on")

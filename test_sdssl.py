@@ -675,6 +675,7 @@ def test_knn_chunks_do_not_change_the_votes():
 def test_schedules_at_their_ends_and_middle():
     assert [sdssl.cosine(0, 1, t) for t in (0, 0.25, 0.5, 1)] == pytest.approx([0, 0.5 - 0.5**0.5 / 2, 0.5, 1])
     assert [sdssl.cosine(0.996, 1, t) for t in (0, 0.5, 1)] == pytest.approx([0.996, 0.998, 1])
+    assert max(sdssl.learning_rate(step, 100, warmup, 3.0) for step in range(101) for warmup in (0, 0.16, 2.5)) <= 3.0
     lr = [sdssl.learning_rate(step, 100, 20, 3.0) for step in range(101)]
     assert lr[:20] == pytest.approx([3 * (i + 1) / 20 for i in range(20)])
     assert [lr[20], lr[60], lr[100]] == pytest.approx([3, 1.5, 0]) and lr[20:] == sorted(lr[20:], reverse=True)
@@ -740,7 +741,7 @@ def test_resumed_run_ends_with_the_same_weights_bit_for_bit(framework, tmp_path,
     assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
 
 
-def test_resume_finds_the_run_with_its_settings_even_if_the_data_moved(folder, tmp_path, monkeypatch):
+def test_resume_finds_the_run_with_its_settings_even_if_the_data_moved(folder, tmp_path, monkeypatch, capsys):
     folder = shutil.copytree(folder, tmp_path / "here" / "set")
     monkeypatch.chdir(tmp_path)
     flags = ["--preset", "toy", "--batch-size", "8", "--epochs", "2", "--knn-every", "0", "--workers", "0"]
@@ -751,8 +752,13 @@ def test_resume_finds_the_run_with_its_settings_even_if_the_data_moved(folder, t
     assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "2", "--resume") == first
     assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "2", "--resume", "--tau", "0.3") == second
     assert [torch.load(path, weights_only=True)["step"] for path in (first, second)] == [2, 2]
+    (tmp_path / "run-3").mkdir()  # of a run that was killed before it began
+    assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "3", "--resume", "--tau", "0.3") == second
+    next((tmp_path / "there").glob("set/train/*/*")).unlink()
+    capsys.readouterr()
+    assert "images" in complaint_after_output(sdssl.main, capsys, *TINY, *flags, "--data", "there/set", "--out", tmp_path / "run", "--resume")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun restarts a third run, which was killed before it had a folder
-    assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "1", "--tau", "0.4").parent.name == "run-3"
+    assert run(tmp_path, *flags, "--data", "there/set", "--max-steps", "1", "--tau", "0.4").parent.name == "run-4"
 
 
 def test_a_table_that_a_stop_prevented_comes_with_resume(tmp_path, monkeypatch, capsys):
@@ -775,6 +781,8 @@ def test_a_table_that_a_stop_prevented_comes_with_resume(tmp_path, monkeypatch, 
         assert run(tmp_path / "parts", *flags, "--resume") == path
         assert "k-NN accuracy of every layer" in "".join(capsys.readouterr())
         assert [line.get("knn") for line in log_of(path)] == [line.get("knn") for line in whole]
+    run(tmp_path / "parts", *flags[:-1], "0", "--resume")
+    assert "knn" in log_of(path)[-1]  # a table that nobody asks for again is kept
 
 
 SWITCHES = {  # a line of the log, and how many linear layers each projector has
@@ -1361,7 +1369,7 @@ def test_divergence_stops_the_run_and_collapse_warns_once(tmp_path, capsys, monk
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert saved["step"] == 4 and all(value.isfinite().all() for value in saved["model"].values())
 
-    log = sdssl.Log(tmp_path, 0)
+    log = sdssl.Log(tmp_path, 0, False)
     for step in range(1, 6):
         log.read(dict(step=step, lr=0.1), dict(loss=torch.tensor(1.0), spread=torch.tensor(0.001 if step > 2 else 0.3)))
     assert capsys.readouterr().out.count("collapsed") == 1
