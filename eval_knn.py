@@ -193,7 +193,7 @@ def add_result(path, *keys_and_value):
     if place.get("weights") != value["weights"]:
         place.clear()
     place.update(value)
-    sdssl.write_whole(path, json.dumps(whole, indent=1))
+    sdssl.write_whole(path, lambda new: new.write_text(json.dumps(whole, indent=1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ epochs, label smoothing 0.1, crops and flips, bfloat16 on CUDA.
 
 Beside the checkpoint it writes linear.json (by file, data, network and mode) and, once an epoch, what was trained; --resume goes on from it.
 """
-import os
+import functools
 import re
 from pathlib import Path
 
@@ -216,8 +216,7 @@ def run(argv=None):
             optimizer.step()
             if (step + 1) % steps_per_epoch == 0 and sdssl.rank() == 0 and args.checkpoint != "random":
                 state = dict(trained=trained.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, settings=settings)
-                torch.save(state, path.with_suffix(".new"))
-                os.replace(path.with_suffix(".new"), path)
+                sdssl.write_whole(path, functools.partial(torch.save, state))
 
     features, labels = extracted(val_set, range(len(val_set)))
     top1, top5 = accuracies(probes, features[-len(widths) :], labels, device)  # (L, R)

@@ -891,6 +891,13 @@ def build_backbone(architecture):
     return (ResNet if "name" in architecture else VisionTransformer)(**architecture)
 
 
+def write_whole(path, write):
+    """Let `write` make a file beside `path`, and rename it: at any moment the old file is there or the new one, never half of it."""
+    new = path.with_suffix(".new")
+    write(new)
+    os.replace(new, path)
+
+
 def save_checkpoint(folder, config, model, optimizer, step, images):
     """last.pt in `folder`: the backbone people want, and all that a resumed run needs, since random numbers follow from the step.
 
@@ -1111,21 +1118,12 @@ def set_up(device="auto"):
     return device
 
 
-def write_whole(path, text):
-    """Write beside and rename: at any moment the old text is there or the new one, never half of it."""
-    path.with_suffix(".new").write_text(text)
-    os.replace(path.with_suffix(".new"), path)
-
-
 def contradictions(config, folder):
-    """What the run in `folder` learns otherwise, in words: "" for nothing. Data may have moved: of a folder the name counts."""
+    """What the run in `folder` learns otherwise, in words: "" for nothing. Data may have moved: their last name counts."""
     saved = dataclasses.asdict(Config()) | json.loads((folder / "config.json").read_text())  # settings newer than the run: the default
-    names, found = [field.name for field in dataclasses.fields(config)], []
-    for name in names[: names.index("out")]:
-        there, here = saved[name], getattr(config, name)
-        same = there == here or name == "data" and Path(there).resolve().name == Path(here).resolve().name
-        found += [] if same else [f"--{name.replace('_', '-')} is {there} there, {here} here"]
-    return "; ".join(found)
+    there, here = (c | dict(data=Path(c["data"]).resolve().name) for c in (saved, dataclasses.asdict(config)))
+    learned = list(here)[: list(here).index("out")]
+    return "; ".join(f"--{n.replace('_', '-')} is {there[n]} there, {here[n]} here" for n in learned if there[n] != here[n])
 
 
 def run_folder(config):
@@ -1141,10 +1139,10 @@ def run_folder(config):
     base = Path(config.out or f"runs/{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}")
     names = [base, *(Path(f"{base}-{i}") for i in range(2, 10**4))]
     taken = [i for i, name in enumerate(names) if name.exists()]
-    begun = [i for i in taken if resume and (names[i] / "config.json").exists()]
-    ours = [i for i in begun if not contradictions(config, names[i])]
-    if config.resume and begun and not ours:
-        raise UserError(f"cannot go on from {names[begun[-1]]}: {contradictions(config, names[begun[-1]])}")
+    found = {i: contradictions(config, names[i]) for i in taken if resume and (names[i] / "config.json").exists()}
+    ours = [i for i, contradiction in found.items() if not contradiction]
+    if config.resume and found and not ours:
+        raise UserError(f"cannot go on from {names[max(found)]}: {found[max(found)]}")
     folder = names[ours[-1] if ours else max(taken, default=-1) + 1]
     saved = [path for path in (folder / "last.pt", folder / "previous.pt") if path.exists()]
     decision = [folder, saved[0] if saved else None]
@@ -1182,7 +1180,7 @@ class Log:
         if rank() == 0 and self.path.exists():  # resuming: what came after the checkpoint comes again, its k-NN table if it is due
             lines = [json.loads(line) for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
             kept = [line for line in lines if line["step"] < first or line["step"] == first and not ("knn" in line and table_due)]
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(self.path, lambda new: new.write_text("".join(json.dumps(line) + "\n" for line in kept)))
         self.restart_clock()
 
     def restart_clock(self):
@@ -1286,8 +1284,9 @@ def train(config):
     folder, saved = run_folder(config)
     if saved:
         checkpoint = load_checkpoint(saved)
-        if checkpoint["images"] != len(source):
-            raise UserError(f"cannot go on from {saved}: it was trained on {checkpoint['images']} images, here are {len(source)}")
+        images = checkpoint.get("images", len(source))  # earlier releases did not write it down
+        if images != len(source):
+            raise UserError(f"cannot go on from {saved}: it was trained on {images} images, here are {len(source)}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         first = checkpoint["step"]
@@ -1309,7 +1308,7 @@ def train(config):
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items()), 120))
         print(f"{folder}: step {first} to {max(first, last)} of {total}, {device.type} x {world_size()}")
         if first == 0:
-            write_whole(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+            write_whole(folder / "config.json", lambda new: new.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
             save_views(folder / "views.png", dataset, next(iter(keys))[:12], config.seed)
 
     def table_due(step):
