@@ -1,301 +1,240 @@
 # SPDX-License-Identifier: MIT
-"""How good is every layer of a frozen network? Weighted k-NN by DINO's protocol, retrieval, and the paper's analyses (section 4.4).
+"""How good is every layer of a frozen network, and what does it cost? Weighted k-NN by DINO's protocol,
+retrieval, and the paper's analyses (section 4.4).
 
-    python eval_knn.py runs/toy-sd-mocov3-seed0/last.pt                          # on the data it was trained on
-    python eval_knn.py runs/toy-sd-mocov3-seed0/last.pt --data cifar10           # on other data
-    python eval_knn.py SD/last.pt BASELINE/last.pt --retrieval --analysis        # side by side, layer by layer
-    python eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR    # weights of DINO, MoCo v3 or timm
-    python eval_knn.py random --data toy                                         # the untrained network; takes sdssl.py's flags
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt                        # on the data of its training
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --data cifar10         # on other data
+    python eval_knn.py SD/last.pt BASELINE/last.pt --retrieval --analysis      # side by side
+    python eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR  # DINO, MoCo v3 or timm
+    python eval_knn.py random --data toy                                       # untrained; sdssl.py's flags
+    torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT                         # ranks share the images
 
-Prints a table and adds the numbers to knn.json beside the checkpoint, by name of the file, the data and the network.
+Prints tables and adds the numbers to knn.json beside the checkpoint. `cost` is what a layer costs as an exit:
+the multiply-adds of sdssl.load_backbone(path, depth=layer). It, mAP and top-1 are in percent.
 """
-import hashlib
+import argparse
 import json
 import math
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 import torchvision
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.v2 import functional as TF
 
 import sdssl
+from sdssl import gather_images
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measures of features (M, D), to copy
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------- Measures, to copy -----------------------------------------------
 
 
 def average_precision(train_x, train_y, test_x, test_y):
-    """Retrieval: rank the training images by cosine similarity to each query; precision at the rank of each image of its class, averaged.
+    """Retrieval (paper, Table 2): rank the training images by cosine similarity to each query; precision at
+    the rank of each image of the query's class, averaged. The mean over queries is the mAP.
 
-    train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,), 0 for a query of whose class there is none. Their mean is the mAP.
-    """
+    train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,), 0 where no image is of that class."""
     train_x, found = F.normalize(train_x.float(), dim=-1), []
-    chunk = max(1, 2**25 // len(train_x))
-    for x, y in zip(test_x.split(chunk), test_y.split(chunk)):
-        order = (F.normalize(x.float(), dim=-1) @ train_x.T).argsort(dim=1, descending=True)
-        relevant = (train_y[order] == y[:, None]).float()
-        precision = relevant.cumsum(1) / torch.arange(1, len(train_x) + 1, device=x.device)
-        found.append((precision * relevant).sum(1) / relevant.sum(1).clamp(min=1))
-    return torch.cat(found)
+    for x, y in zip(test_x.float(), test_y):  # the query's own length would not change the order
+        ranks = 1 + (train_y[(train_x @ x).argsort(descending=True)] == y).nonzero()[:, 0]
+        hits = torch.arange(1, len(ranks) + 1, device=x.device)
+        found.append((hits / ranks).sum() / max(1, len(ranks)))
+    return torch.stack(found)
 
 
 def alignment(x, y, gamma=2):
-    """Eq. 7: mean of |x_i - y_i|^gamma on the unit sphere, for positive pairs x and y, both (M, D): how close an image's views are."""
+    """Eq. 7: mean |x_i - y_i|^gamma of positive pairs x, y (M, D) on the unit sphere: how close views are."""
     return (F.normalize(x.float(), dim=-1) - F.normalize(y.float(), dim=-1)).norm(dim=-1).pow(gamma).mean()
 
 
-def _mean_over_pairs(x, f):
-    """Mean of f(|x_i - x_j|^2) over all i != j, x (M, D) on the unit sphere, in memory for a few thousand rows at a time."""
-    x, total = F.normalize(x.float(), dim=-1), 0.0
-    for i, rows in enumerate(x.split(1024)):
-        values = f((2 - 2 * rows @ x.T).clamp(min=0))
-        values[torch.arange(len(rows)), torch.arange(len(rows)) + 1024 * i] = 0
-        total = total + values.sum(dtype=torch.float64)
-    return total / (len(x) * (len(x) - 1))
-
-
 def uniformity(x, t=2):
-    """Eq. 8: log of the mean of exp(-t |x_i - x_j|^2) over all pairs i != j of x (M, D) on the unit sphere; lower is more uniform."""
-    return _mean_over_pairs(x, lambda squared: torch.exp(-t * squared)).log()
+    """Eq. 8: log mean exp(-t |x_i - x_j|^2) over all pairs of x (M, D) on the unit sphere; low if uniform."""
+    return torch.pdist(F.normalize(x.float(), dim=-1)).pow(2).mul(-t).exp().mean().log()
 
 
 def negative_alignment(x, gamma=2):
-    """Eq. 9: mean of |x_i - x_j|^gamma over all pairs i != j of x (M, D) on the unit sphere: how far different images are apart."""
-    return _mean_over_pairs(x, lambda squared: squared.pow(gamma / 2))
+    """Eq. 9: mean |x_i - x_j|^gamma over all pairs of x (M, D) on the unit sphere: how far images are."""
+    return torch.pdist(F.normalize(x.float(), dim=-1)).pow(gamma).mean()
 
 
 def linear_cka(x, y):
-    """Linear centred kernel alignment (Kornblith et al. 2019, Eqs. 1 to 3) of x (M, D) and y (M, D'): 1 if equal up to turn and scale."""
-    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    """Linear centred kernel alignment (Kornblith et al. 2019, Eqs. 1 to 3) of x (M, D), y (M, D')."""
+    x, y = (z.double() - z.double().mean(0) for z in (x, y))
     return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks and data, for eval_linear.py too
-# ---------------------------------------------------------------------------------------------------------------------
+def exit_costs(backbone):
+    """Multiply-adds of build_backbone's ViT cut to l blocks, in percent, for l = 1 to L; [] for a ResNet."""
+    counts, size = [], backbone.architecture["img_size"]
+    for depth in range(1, 1 + backbone.architecture.get("depth", 0)):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
+            sdssl.build_backbone(**backbone.architecture | dict(depth=depth))(torch.empty(1, 3, size, size))
+        counts.append(counter.get_total_flops())
+    return [100 * count / counts[-1] for count in counts]
+
+
+# ---------------------------------------- Networks and data, for eval_linear.py too -----------------------
 
 
 def foreign_backbone(checkpoint, which, num_heads):
-    """A ViT of DINO, MoCo v3 or timm as our VisionTransformer; the architecture follows from the shapes, all but the number of heads.
+    """A ViT of DINO, MoCo v3 or timm as our VisionTransformer, from a state_dict or a dict that holds some.
 
-    checkpoint: a state_dict, or a dict that holds some, with whatever prefixes. which: "teacher" or "student", where both are there.
-    Raises UserError unless every weight of the backbone fits; heads (`head.*`) are left out.
-    """
-    flat = {}
-
-    def flatten(prefix, tree):
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                flatten(f"{prefix}{name}.", value)
-            elif isinstance(value, torch.Tensor):
-                flat[f"{prefix}{name}"] = value
-
-    flatten("", checkpoint)
-    prefixes = [name[: -len("cls_token")] for name in flat if name.endswith("cls_token")]
-    if len(prefixes) > 1:
-        words = dict(teacher=("teacher", "momentum_encoder"), student=("student", "base_encoder")).get(which, (which,))
-        prefixes = [prefix for prefix in prefixes if any(word in prefix for word in words)]
-    if len(prefixes) != 1:
-        raise sdssl.UserError(f"no {which} ViT in this file: it has {len(prefixes)} tensors `cls_token` to choose from")
-    weights = {name[len(prefixes[0]) :]: w for name, w in flat.items() if name.startswith(prefixes[0])}
-    weights = {name: w for name, w in weights.items() if not name.startswith("head.")}
-    if num_heads is None or num_heads < 1:
-        raise sdssl.UserError("give --num-heads: it changes no shape, so it cannot be seen (ViT-S: 12 for MoCo v3, 6 for DINO and timm; ViT-B: 12)")
-    try:
-        embed_dim, _, _, patch_size = weights["patch_embed.proj.weight"].shape
-        grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
+    which: "teacher" or "student", where both are there. Raises UserError unless every weight of the backbone
+    fits; heads (`head.*`) are left out."""
+    with sdssl.user_error("cannot make a ViT, with one `cls_token`, of these weights"):
+        for key in ("state_dict", "model", which):  # where MoCo v3, DeiT and DINO keep them
+            checkpoint = checkpoint.get(key, checkpoint)
+        other = dict(teacher="base_encoder", student="momentum_encoder").get(which, which)  # MoCo v3's names
+        tokens = [name for name in checkpoint if name.endswith("cls_token") and other not in name]
+        [prefix] = [name.removesuffix("cls_token") for name in tokens]
+        weights = {name.removeprefix(prefix): w for name, w in checkpoint.items()
+                   if name.startswith(prefix) and not name.startswith(prefix + "head.")}  # fmt: skip
+        width, _, _, patch_size = weights["patch_embed.proj.weight"].shape
+        img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
         depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        backbone = sdssl.VisionTransformer(grid * patch_size, patch_size, embed_dim, depth, num_heads)
-    except (KeyError, ValueError) as error:
-        raise sdssl.UserError(f"cannot infer a ViT from these weights: {sdssl.one_line(error)}") from None
-    ours = backbone.state_dict()
-    wrong = {
-        "missing": ours.keys() - weights.keys(),
-        "unexpected": weights.keys() - ours.keys(),
-        "of another shape": [name for name in ours.keys() & weights.keys() if ours[name].shape != weights[name].shape],
-    }
-    if any(wrong.values()):
-        raise sdssl.UserError("these weights do not fit: " + "; ".join(f"{k}: {', '.join(sorted(names))}" for k, names in wrong.items() if names))
-    backbone.load_state_dict(weights)
-    return backbone
+        backbone = sdssl.build_backbone(img_size=img_size, patch_size=patch_size, embed_dim=width,
+                                        depth=depth, num_heads=num_heads)  # fmt: skip
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:  # lists what is missing, unexpected or misshapen: not to be cut short
+        raise sdssl.UserError(" ".join(str(error).split())) from None
+    return backbone.eval()
 
 
 def network_parser(program, doc, **checkpoint):
     """Command line of what is evaluated, common to both scripts. checkpoint: options of that argument."""
-    parser = sdssl.Parser(program, description=doc.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("checkpoint", help="last.pt of a run, weights of DINO, MoCo v3 or timm, or `random`: untrained, from sdssl.py's flags", **checkpoint)
-    parser.add_argument("--data", help="as in sdssl.py; default: what the checkpoint was trained on")
-    parser.add_argument("--which", choices=("teacher", "student", "peer"), default="teacher", help="network to evaluate, where there are several")
-    parser.add_argument("--num-heads", type=int, help="of foreign weights: nothing in them tells")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read image files")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser = sdssl.Parser(program, usage=doc, allow_abbrev=False)
+    parser.add_argument("checkpoint", help="last.pt, foreign weights, or random", **checkpoint)
+    parser.add_argument("--data", help="as in sdssl.py; default: what the network was trained on")
+    parser.add_argument("--which", choices=("teacher", "student", "peer"), default="teacher")
+    parser.add_argument("--num-heads", help="of foreign weights", **sdssl.count)
+    parser.add_argument("--workers", default=2, help="processes that read images", **sdssl.count_or_0)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=sdssl.Config.device)
     return parser
 
 
-def open_network(path, args, flags, device):
-    """The frozen backbone of `path`, the name of the data, the image size, and the smallest crop it was trained with."""
+def open_network(path, args, flags):
+    """What `path` names: the backbone in eval mode, the name of the data, the smallest crop of its training,
+    and the step it has reached, None if nothing tells. flags: sdssl.py's, for random. Raises UserError."""
     if path == "random":
-        config = sdssl.parse_config(flags + (["--data", args.data] if args.data else []))
-        torch.manual_seed(config.seed)
-        backbone = sdssl.build_backbone(sdssl.architecture(config, config.arch)).to(device).eval()
-        return backbone, config.data, config.img_size, config.min_crop
+        config = sdssl.parse_config([*flags, "--data", args.data or sdssl.Config.data])
+        return sdssl.build_model(config).networks["student"].eval(), config.data, config.min_crop, 0
     if flags:
         raise sdssl.UserError(f"unrecognized arguments: {' '.join(flags)}")
-    checkpoint = sdssl.load_checkpoint(path, foreign=True)
-    if "architecture" in checkpoint:
-        backbone, config = sdssl.load_backbone(path, args.which, device), checkpoint["config"]
-        return backbone, args.data or config["data"], config["img_size"], config["min_crop"]
-    if not args.data:
-        raise sdssl.UserError("give --data: these weights do not say what they were trained on")
-    backbone = foreign_backbone(checkpoint, args.which, args.num_heads).to(device).eval()
-    grid = math.isqrt(backbone.pos_embed.shape[1] - 1)
-    return backbone, args.data, grid * backbone.patch_embed.proj.kernel_size[0], sdssl.Config.min_crop
+    with torch.serialization.safe_globals([argparse.Namespace]):  # in DINO's files
+        checkpoint = sdssl.load_checkpoint(path)
+    if "networks" in checkpoint:
+        config, backbone = checkpoint["config"], sdssl.load_backbone(path, args.which)
+        return backbone, args.data or config["data"], config["min_crop"], checkpoint["step"]
+    if not args.data or not args.num_heads:
+        raise sdssl.UserError("give --data and --num-heads (ViT-S: 12 in MoCo v3, 6 elsewhere; ViT-B: 12)")
+    return foreign_backbone(checkpoint, args.which, args.num_heads), args.data, sdssl.Config.min_crop, None
 
 
 def labels_of(dataset):
-    """The class numbers of a dataset's images, as a tensor, without opening the images where torchvision has a list of them."""
+    """The class numbers (M,) of a dataset's images, which stay unopened where torchvision has a list."""
     for name in ("targets", "labels", "_labels"):
-        if getattr(dataset, name, None) is not None:
+        if hasattr(dataset, name):
             return torch.as_tensor(getattr(dataset, name))
     return torch.tensor([label for _, label in getattr(dataset, "_samples", dataset)])
 
 
 def open_parts(data):
-    """Training and validation part of `data`. Raises UserError if there is nothing to tell apart or to learn from."""
+    """Training and validation part of `data`. Raises UserError if there are no classes to tell apart."""
     parts = [sdssl.open_dataset(data, part) for part in ("train", "val")]
-    train, val = ({int(y) for y in labels_of(part).unique()} for part in parts)
-    if len(train) < 2 or min(train) < 0:
-        raise sdssl.UserError(f"--data {data}: without labels of two classes or more, nothing can be evaluated")
-    if val - train:
-        raise sdssl.UserError(f"--data {data}: of class {', '.join(map(str, sorted(val - train)))} there are only validation images")
+    train, val = (set(labels_of(part).tolist()) for part in parts)
+    names, val_names = (getattr(part, "classes", None) for part in parts)  # a folder numbers those it has
+    if len(train) < 2 or val - train or names and val_names and names != val_names:
+        raise sdssl.UserError(f"--data {data}: no labels of two or more classes, the same in train and val")
     return parts
 
 
-def fingerprint(backbone):
-    """A word that changes with the weights, whatever the number of threads: sums of floats do not."""
-    digest = hashlib.sha256()
-    for weight in backbone.state_dict().values():
-        digest.update(weight.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+def add_result(path, key, result):
+    """Add a result, a dict, to what the JSON file at `path` has under this key."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found.setdefault(key, {}).update(result)
+    sdssl.write_whole(path, lambda new: new.write_text(json.dumps(found, indent=1)))
 
 
-def add_result(path, *keys_and_value):
-    """Put a dict of results into the JSON file at `path`, under keys within keys. What else stands there stays, unless under the
-    same keys the results of other weights do: a run may have gone on since."""
-    *keys, value = keys_and_value
-    whole = json.loads(path.read_text()) if path.exists() else {}
-    place = whole
-    for key in keys:
-        place = place.setdefault(key, {})
-    if place.get("weights") != value["weights"]:
-        place.clear()
-    place.update(value)
-    sdssl.write_whole(path, lambda new: new.write_text(json.dumps(whole, indent=1)))
+@dataclass
+class RandomViews(sdssl.CentreCrops):
+    """A random view of each image, as in training, with pixels from 0 to 255: the same for every network."""
 
+    min_crop: float  # part of the image's area
+    view: int  # 0 or 1
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The evaluation
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def extract_views(backbone, source, size, min_crop, device, workers):
-    """Every layer of both random views of each image: two lists of L x (M, D_l), float16, on the CPU; the same views for every network."""
-    dataset = sdssl.TwoCrops(source, size, min_crop, 0, device)
-    keys = [[(0, i) for i in range(start, min(start + 256, len(source)))] for start in range(0, len(source), 256)]
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers if dataset.pixels is None else 0, collate_fn=sdssl.default_convert)
-    found = [[], []]
-    for step, (crops, _) in enumerate(loader):
-        for i, (x, view) in enumerate(zip(crops.to(device), sdssl.VIEWS)):
-            found[i].append([r.half().cpu() for r in backbone(sdssl.augment(x, view, sdssl.seeded(0, step, i)))])
-    return [[torch.cat(batches) for batches in zip(*view)] for view in found]
+    def __getitem__(self, i):
+        image, label = sdssl.read_image(self.source, i)
+        x, generator = TF.pil_to_tensor(image), sdssl.seeded("analysis", i, self.view)
+        box = sdssl.random_box(torch.rand(10, 4, generator=generator).tolist(), *x.shape[1:], self.min_crop)
+        x = TF.resized_crop(x, *box, [self.size, self.size])[None] / 255
+        return 255 * sdssl.augment(x, **sdssl.VIEWS[self.view], generator=generator)[0], label
 
 
 def evaluate(path, args, flags, device):
-    """All measures the command line asks for, of one network: {name: a number for each layer}, CKA (L, L) or None; data, fingerprint."""
-    backbone, data, size, min_crop = open_network(path, args, flags, device)
+    """All that the command line asks for, of one network: a title, and {measure: a number for each layer}."""
+    backbone, data, min_crop, step = open_network(path, args, flags)
+    size, title, beside = backbone.architecture["img_size"], f"{path} on {data}", Path(path).with_name
     train_set, val_set = open_parts(data)
-    if args.k > len(train_set):
-        raise sdssl.UserError(f"--k {args.k}: there are only {len(train_set)} training images")
-    train, val = (sdssl.extract(backbone, sdssl.CentreCrops(part, size), device, args.workers) for part in (train_set, val_set))
-    top1, top5 = sdssl.knn(train, val, device, args.k, args.temperature).T.tolist()
-    measures, cka = {"top-1": top1, "top-5": top5}, None
-    if args.retrieval:
-        measures["mAP"] = []
-        for bank, x in zip(train[0], val[0]):
-            bank, bank_y = sdssl.gather_images(bank.to(device), train[1].to(device))
-            found = average_precision(bank, bank_y, x.to(device), val[1].to(device))
-            measures["mAP"].append(100 * float(sdssl.gather(found).sum() / len(val_set)))
-    plain = [sdssl.gather_images(x, val[1]) for x in val[0]] if args.analysis or args.save_features else []
-    if args.save_features and sdssl.rank() == 0:
-        numpy.savez(args.save_features, labels=plain[0][1], **{f"layer{i}": x for i, (x, _) in enumerate(plain, 1)})
+    extract = partial(sdssl.extract, backbone.to(device), device=device, workers=args.workers,
+                      bf16=device.type == "cuda")  # fmt: skip
+    val = share, y, m = extract(sdssl.CentreCrops(val_set, size))
+    features, labels, chief = [gather_images(x, m) for x in share], gather_images(y, m), sdssl.rank() == 0
+    if args.save_features and chief:
+        with sdssl.user_error("--save-features"), open(args.save_features, "xb") as file:  # x: a new one
+            numpy.savez(file, labels=labels, **{f"layer{i}": x for i, x in enumerate(features, 1)})
+    train = bank, bank_y, n = extract(sdssl.CentreCrops(train_set, size))
+    measures, others = dict(cost=exit_costs(backbone)), dict(k=args.k, temperature=args.temperature)
     if args.analysis:
-        both = [[x.to(device) for x in layers] for layers in zip(*extract_views(backbone, val_set, size, min_crop, device, args.workers))]
-        measures["align"] = [float(alignment(x, y)) for x, y in both]
-        measures["-unif"] = [-float(uniformity(x)) for x, _ in both]
-        measures["neg. align"] = [float(negative_alignment(x)) for x, _ in both]
-        measures["R"] = [negative / max(positive, 1e-9) for negative, positive in zip(measures["neg. align"], measures["align"])]
-        cka = torch.tensor([[linear_cka(x, y) for y, _ in plain] for x, _ in plain])
-    return measures, cka, data, fingerprint(backbone)
-
-
-def save_heat_maps(path, matrices):
-    """Matrices with values from 0 to 1, side by side, 24 pixels a cell, layer 1 at the bottom left: black, red, yellow, white."""
-    most, pictures = max(len(m) for m in matrices), []
-    for m in matrices:
-        m = F.pad(m.flip(0).float(), (0, most - len(m), most - len(m), 0), value=1.0)
-        colours = (3 * m[None] - torch.arange(3).view(3, 1, 1)).clamp(0, 1)
-        pictures.append(colours.repeat_interleave(24, 1).repeat_interleave(24, 2))
-    torchvision.utils.save_image(pictures, path, padding=12, pad_value=1.0)
+        views = [extract(RandomViews(val_set, size, min_crop, view))[0] for view in (0, 1)]
+        pairs = [[gather_images(x, m).to(device) for x in pair] for pair in zip(*views)]
+        near = torch.stack([alignment(*pair) for pair in pairs])
+        far = torch.stack([negative_alignment(x) for x, _ in pairs])
+        measures["align"], measures["-unif"] = near.tolist(), [-uniformity(x).item() for x, _ in pairs]
+        measures["neg. align"], measures["R"] = far.tolist(), (far / near).tolist()
+        others["cka"] = cka = [[linear_cka(x, y).item() for y in features] for x in features]
+        if chief:
+            print(sdssl.layer_table(f"linear CKA of the layers, {title}", dict(enumerate(cka, 1))))
+            picture = torch.tensor(cka).flip(0)[None, None]  # white is 1, layer 1 at the bottom left
+            torchvision.utils.save_image(F.interpolate(picture, scale_factor=24), beside("cka.png"))
+    if args.retrieval:
+        bank_y, y, measures["mAP"] = gather_images(bank_y, n).to(device), y.to(device), []
+        for x, bank_x in zip(share, bank):
+            found = average_precision(gather_images(bank_x, n).to(device), bank_y, x.to(device), y)
+            measures["mAP"].append(100 * gather_images(found, m).mean().item())
+    measures["top-1"] = sdssl.knn(train, val, device, args.k, args.temperature)
+    if chief and path != "random":
+        key = f"{Path(path).name} on {data}, {args.which}, step {step}"
+        add_result(beside("knn.json"), key, measures | others)
+    return title, measures
 
 
 def run(argv=None):
     """Evaluate what the command line names. Raises sdssl.UserError for anything the user can change."""
     parser = network_parser("eval_knn.py", __doc__, nargs="+")
-    parser.add_argument("--k", type=int, default=20, help="neighbours that vote")
-    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
-    parser.add_argument("--retrieval", action="store_true", help="mAP of ranking the training images for each validation image")
-    parser.add_argument("--analysis", action="store_true", help="alignment, uniformity, negative alignment, their ratio R; CKA of all pairs of layers")
-    parser.add_argument("--save-features", metavar="F", help="write labels and every layer's features of the validation images to F, a .npz file")
+    parser.add_argument("--k", default=20, help="neighbours that vote", **sdssl.count)
+    parser.add_argument("--temperature", default=0.07, help="of the votes", **sdssl.number(float, 1e-3))
+    parser.add_argument("--retrieval", action="store_true", help="mAP of ranking the training images")
+    parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA; 15 GB for 50,000 images")
+    parser.add_argument("--save-features", help="new .npz file: validation images, all layers")
     args, flags = parser.parse_known_args(argv)
-    if args.k < 1 or not 0 < args.temperature < float("inf") or args.workers < 0:
-        raise sdssl.UserError("--k must be 1 or more, --temperature above 0, --workers 0 or more")
-    if args.save_features:
-        args.save_features = Path(args.save_features).with_suffix(".npz")
-        if args.save_features.exists() or not args.save_features.parent.is_dir() or len(args.checkpoint) > 1:
-            raise sdssl.UserError("--save-features takes a new file in a folder that exists, and one checkpoint")
     device = sdssl.set_up(args.device)
     found = [evaluate(path, args, flags, device) for path in args.checkpoint]
     if sdssl.rank() > 0:
         return
-    titles = [f"{path} on {data}" for path, (_, _, data, _) in zip(args.checkpoint, found)]
     if len(found) == 1:
-        print(sdssl.layer_table(found[0][0], f"every layer of {titles[0]}: k-NN accuracy (%)" + ", mAP (%)" * args.retrieval))
-    else:
-        print("\n".join(f"({i}) {title}" for i, title in enumerate(titles, 1)))
-        for name in found[0][0]:
-            columns = {f"({i})": measures[name] for i, (measures, *_) in enumerate(found, 1)}
-            print(sdssl.layer_table(columns, f"\n{name}", bars=False))
-    for path, (measures, cka, data, weights) in zip(args.checkpoint, found):
-        if path != "random":
-            settings = dict(weights=weights, k=args.k, temperature=args.temperature) | ({} if cka is None else dict(cka=cka.tolist()))
-            add_result(Path(path).with_name("knn.json"), Path(path).name, data, args.which, settings | measures)
-    if args.analysis:
-        ckas = [cka for _, cka, _, _ in found]
-        for title, cka in zip(titles, ckas):
-            print(f"\nlinear CKA of the layers, {title}" + "".join("\n" + " ".join(f"{value:.2f}" for value in row) for row in cka.tolist()))
-        picture = Path(args.checkpoint[-1]).with_name("cka.png")
-        save_heat_maps(picture, ckas)
-        print(f"the same as a picture: {picture}")
+        return print(sdssl.layer_table(*found[0]))
+    print("\n".join(f"({i}) {title}" for i, (title, _) in enumerate(found, 1)))
+    for name in found[0][1]:
+        print(sdssl.layer_table(name, {f"({i})": table[name] for i, (_, table) in enumerate(found, 1)}))
 
 
 def main(argv=None):
-    """python eval_knn.py"""
-    with sdssl.one_line_errors("eval_knn.py"):
-        run(argv)
+    """python eval_knn.py, torchrun eval_knn.py"""
+    sdssl.run_or_explain("eval_knn.py", lambda: run(argv))
 
 
 if __name__ == "__main__":
