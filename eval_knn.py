@@ -29,8 +29,7 @@ from torchvision.transforms.v2 import functional as TF
 import sdssl
 from sdssl import gather_images
 
-# ---------------------------------------- Measures, to copy -----------------------------------------------
-
+# ---- Measures, to copy ----
 
 def average_precision(train_x, train_y, test_x, test_y):
     """Retrieval (paper, Table 2): rank the training images by cosine similarity to each query; precision at
@@ -76,8 +75,7 @@ def exit_costs(backbone):
     return [100 * count / counts[-1] for count in counts]
 
 
-# ---------------------------------------- Networks and data, for eval_linear.py too -----------------------
-
+# ---- Networks and data, for eval_linear.py too ----
 
 def foreign_backbone(checkpoint, which, num_heads):
     """A ViT of DINO, MoCo v3 or timm as our VisionTransformer, from a state_dict or a dict that holds some.

@@ -881,7 +881,7 @@ def find_checkpoint(folder, learned):
     """A folder is a run: the checkpoint to go on from, or None. UserError if it holds anything else."""
     if (folder / "last.pt").exists():
         checkpoint = load_checkpoint(folder / "last.pt")
-        there = checkpoint.get("learned", {})
+        there = checkpoint["learned"]
         other = [f"{name} {there.get(name)}" for name in learned if there.get(name) != learned[name]]
         if other:
             raise UserError(f"{folder} holds a run with {', '.join(other)}: choose another --out")
@@ -972,7 +972,7 @@ def train(config):
         ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     loader = DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=config.workers,
                         pin_memory=device.type == "cuda")  # fmt: skip
-    bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img", unit_scale=True,
+    bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img",
                disable=not chief)  # fmt: skip
     batches, named, clock, waited, logged = iter(loader), set(), time.perf_counter(), 0.0, first
     for step in range(first, last):
@@ -1033,8 +1033,10 @@ def run_or_explain(program, run):
     except KeyboardInterrupt:
         tqdm.write(f"{program}: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
         sys.exit(130)
-    if world_size() > 1 and torch.cuda.is_initialized():
-        dist.destroy_process_group()  # NCCL wants it; gloo, torn down by hand, now and then hangs (torch 2.5)
+    if world_size() > 1:
+        dist.barrier()  # nobody leaves while others are still talking
+        if torch.cuda.is_initialized():  # NCCL wants it; gloo, torn down by hand, at times hangs (torch 2.5)
+            dist.destroy_process_group()
 
 
 def main(argv=None):

@@ -43,8 +43,17 @@ def tiny_vit(depth=3):
     return sdssl.build_backbone(img_size=16, patch_size=8, embed_dim=16, depth=depth, num_heads=4)
 
 
-# ---- 1. The backbone ----
+def complaint(capsys, *argv, main=sdssl.main):
+    """What the command line says when it refuses: one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([*map(str, argv)])
+    lines = re.split("[\r\n]+", capsys.readouterr().err.strip())
+    [error] = [line for line in lines if "img/s" not in line and line.strip()]  # beside the bar
+    return error
 
+
+# ---- 1. The backbone ----
 def test_positions_follow_the_formula():
     for place, position in enumerate(sdssl.sincos_2d(8, 2, 3).tolist()):
         angles = [[x, x / 100] for x in divmod(place, 3)]  # 10000 ** (1 / 2) is 100
@@ -80,10 +89,13 @@ def test_vit_has_timms_names_mocov3s_init_and_a_frozen_patch_projection():
         assert 0.99 * bound < layer.weight.abs().max() <= bound * (1 + 1e-6) and not layer.bias.any()
 
 
-def test_vit_refuses_sizes_that_do_not_divide():
+def test_what_cannot_be_built_is_refused():
     for wrong in ((30, 8, 16, 1, 4), (32, 8, 16, 1, 5), (32, 8, 18, 1, 2)):
         with pytest.raises(ValueError, match="divisible"):
             VisionTransformer(*wrong)
+    for wrong in (("dino", True), ("byol", True, 8, 8, 0.2, 1, 3), ("byol", True, 8, 8, 0.2, 1, 0)):
+        with pytest.raises(ValueError, match="must be one of|every 1st to 2-th"):
+            sdssl.SDSSL(tiny_vit(), *wrong)
 
 
 @pytest.mark.parametrize("name, size", [("resnet18", 64), ("resnet50", 72)])
@@ -102,7 +114,6 @@ def test_resnet_gives_the_average_of_torchvisions_stages(name, size):
 
 
 # ---- 2, 3. Heads and losses ----
-
 @pytest.mark.parametrize("widths, last_bn", [((6, 10, 10, 4), True), ((6, 10, 4), True), ((6, 10, 4), False)])
 def test_heads_are_linear_batchnorm_relu_modules_for_every_head_and_view(widths, last_bn):
     torch.manual_seed(0)
@@ -164,8 +175,6 @@ def test_losses_compute_in_float32_under_half_precision(loss):
 
 
 # ---- 4. The objective ----
-
-
 def tiny(framework, distill=True, **kwargs):
     torch.manual_seed(0)
     return sdssl.SDSSL(tiny_vit(), framework, distill, hidden_dim=24, out_dim=8, **kwargs)
@@ -195,12 +204,12 @@ def test_sd_mocov3_is_algorithm_1_to_the_letter():
         return torch.cat([mid, last]).flatten(0, 1)
 
     def f_t(x):
-        with torch.no_grad():
-            return one_view(model.teacher_projector, model.teacher(x)[-1][None])[0]
+        return one_view(model.teacher_projector, model.teacher(x)[-1][None])[0].detach()
 
     def p(q):
         lower, last = q.unflatten(0, (L, N)).split([L - 1, 1])
-        return torch.cat([one_view(model.mid_predictors, lower), one_view(model.predictor, last)]).flatten(0, 1)
+        lower, last = one_view(model.mid_predictors, lower), one_view(model.predictor, last)
+        return torch.cat([lower, last]).flatten(0, 1)
 
     q1, q2, z1, z2 = f_s(x1), f_s(x2), f_t(x1), f_t(x2)
     loss_pred = ctr(p(q1.detach()), z2, L)
@@ -217,7 +226,7 @@ def test_sd_mocov3_is_algorithm_1_to_the_letter():
     model.zero_grad()
     terms = model(x1, x2, alpha)
     terms["loss"].backward()
-    assert_close([terms["loss"], terms["isd"], terms["pred"]], [loss, loss_isd, L * loss_pred])
+    assert_close([terms[k] for k in ("loss", "isd", "pred")], [loss, loss_isd, L * loss_pred])
     assert_close(grads(model), theirs, rtol=1e-4, atol=1e-6)
 
 
@@ -228,11 +237,9 @@ def test_terms_are_the_equations_of_what_heads_and_teacher_say(framework):
     layers = model.backbone(x)
     h, L = model.project(layers), 3
     q, z = model.predict(h), h[-1] if framework == "simclr" else model.target(x)
-    if framework == "simclr":
-        values = sdssl.nt_xent(q, z)  # (L,)
-    else:
-        loss = sdssl.byol_loss if framework == "byol" else sdssl.ctr
-        values = loss(q[:, 0], z[1]) + loss(q[:, 1], z[0])
+    losses = dict(simclr=lambda q, z: sdssl.nt_xent(q, z) / 2, byol=sdssl.byol_loss, mocov3=sdssl.ctr)
+    pairs = [(q, z)] * 2 if framework == "simclr" else [(q[:, 0], z[1]), (q[:, 1], z[0])]
+    values = sum(losses[framework](*pair) for pair in pairs)  # (L,)
     ssl, isd = values[-1], values[:-1].sum() / (L - 1)  # Eqs. 1, 2; Eq. 3
     pred = values.sum() * (framework != "simclr")  # Eq. 5: the same values, other gradients
     assert_close([terms[name] for name in ("ssl", "isd", "pred")], [ssl, isd, pred])
@@ -276,8 +283,7 @@ def test_a_baseline_is_its_sd_version_from_the_same_weights_without_alpha_and_be
     plain, sd = tiny(framework, distill=False), tiny(framework, beta=0.0)
     both = plain.state_dict()
     assert both and all(torch.equal(weight, sd.state_dict()[name]) for name, weight in both.items())
-    extra = {name.split(".")[0] for name in sd.state_dict().keys() - both.keys()}
-    assert extra == {"mid_projectors"} | ({"mid_predictors"} if framework != "simclr" else set())
+    assert {name.split(".")[0] for name in sd.state_dict().keys() - both.keys()} <= {*HEADS[2:]}
     for model in (plain, sd):
         model(*batch(), 0.0)["loss"].backward()
     theirs = grads(sd)
@@ -303,17 +309,9 @@ def test_teacher_is_the_moving_average_of_backbone_and_last_projector():
 def test_every_nth_layer_is_distilled_through_so_many_projector_layers(every, layers, mid_layers):
     model = sdssl.SDSSL(tiny_vit(5), "mocov3", True, 24, 8, every=every, mid_layers=mid_layers)
     r = model.backbone(torch.cat([*batch()]))
-    h = model.project(r)
-    assert len(h) == len(layers) and len(model.mid_projectors.weights) == mid_layers
     alone = model.mid_projectors(torch.stack([r[i].unflatten(0, (2, -1)) for i in layers[:-1]]))
-    assert_close(h, torch.cat([alone, model.projector(r[-1].unflatten(0, (2, -1))[None])]))
+    assert_close(model.project(r), torch.cat([alone, model.projector(r[-1].unflatten(0, (2, -1))[None])]))
     assert [w.shape[-1] for w in model.mid_projectors.weights] == [12] * (mid_layers - 1) + [8]
-
-
-@pytest.mark.parametrize("framework, every", [("dino", 1), ("byol", 3), ("byol", 0)])
-def test_sdssl_refuses_what_cannot_be_built(framework, every):
-    with pytest.raises(ValueError):
-        tiny(framework, every=every)
 
 
 def test_a_resnet_sees_one_view_at_a_time_and_its_narrower_stages_are_padded():
@@ -348,13 +346,12 @@ def test_distill_on_the_go_is_two_models_and_the_divergence_of_their_similarity_
     assert terms["loss"].item() == pytest.approx(sum(losses) + 0.3 * kl, rel=1e-4)
     both.h.clear()
     ours, theirs = torch.autograd.grad(sdssl.mutual_kl(h, peer_h), [h, peer_h], allow_unused=True)
-    assert ours.abs().max() > 0 and theirs is None  # the peer's side teaches, and does not learn
+    assert ours.abs().max() > 0 and theirs is None  # the peer teaches, and does not learn
     assert both.networks == dict(teacher=model.teacher, student=model.backbone, peer=peer.teacher)
 
 
 class Counter(TorchDispatchMode):
     """Counts compute operations, and refuses those that make the host wait for the device."""
-
     count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -378,7 +375,6 @@ def test_a_step_of_twelve_layers_dispatches_few_operations_and_never_waits(frame
 
 
 # ---- 5. Views ----
-
 def images(n=4, height=24, width=24):
     x = torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(0))
     x[:, :, 0] = x[:, :1, 0]  # a grey line on top
@@ -406,18 +402,18 @@ def test_augment_is_byols_recipe_in_torchvisions_functions_image_by_image(view, 
 
 def test_random_boxes_follow_random_resized_crop_and_fit_images_of_any_shape():
     torch.manual_seed(0)
-    tries, q = torch.rand(4000, 10, 4).tolist(), torch.linspace(0.05, 0.95, 7)
-    for shape in ((1, 1), (3, 200), (200, 3), (100, 150)):
+    tries = torch.rand(4000, 10, 4).tolist()
+    for shape in ((1, 1), (3, 200), (200, 3), (20, 30)):
         ours = torch.Tensor([sdssl.random_box(numbers, *shape, 0.2) for numbers in tries])
-        assert (ours.amin(0) >= torch.tensor([0, 0, 1, 1])).all()
-        assert (ours[:, :2] + ours[:, 2:] <= torch.tensor(shape)).all()
+        assert ours[:, :2].amin() == 0 and ours[:, 2:].amin() >= 1
+        assert (ours[:, :2] + ours[:, 2:]).amax(0).tolist() == [*shape]
     crop = torchvision.transforms.RandomResizedCrop(1, (0.2, 1))
     theirs = torch.Tensor([crop.get_params(torch.empty(3, *shape), crop.scale, crop.ratio) for _ in tries])
-    assert_close(ours.quantile(q, 0), theirs.quantile(q, 0), rtol=0.05, atol=1.5)
+    assert_close(ours.mean(0), theirs.mean(0), rtol=0, atol=0.2)
+    assert_close(ours.T.cov(), theirs.T.cov(), rtol=0.05, atol=0.5)
 
 
 # ---- 6. Data ----
-
 SAME = [(TF.to_pil_image(images(1, 120, 160)[0]), 0)] * 24  # crops differ by their boxes alone
 
 
@@ -542,7 +538,6 @@ def test_a_folder_is_train_and_val_or_images_at_any_depth(folder):
 
 
 # ---- 7. k-NN ----
-
 @pytest.mark.parametrize("n, k", [(30, 99), (2**20, 7)])  # fewer images than neighbours; 128 queries a chunk
 def test_knn_scores_are_dinos_weighted_votes(n, k):
     torch.manual_seed(0)
@@ -571,7 +566,6 @@ def test_ranks_extract_every_image_once_in_order(monkeypatch):
 
 
 # ---- 8. Settings, schedules, parameter groups ----
-
 @pytest.mark.parametrize("flags, settings", {
     "--data /x": "lr=0.00013 epochs=300 weight_decay=0.1 min_crop=0.08 hidden_dim=4096 patch_size=16",
     "--data /x --framework byol": "preset=imagenet lr=0.00015 batch_size=1024 tau=0.2 m0=0.996 seed=0",
@@ -592,7 +586,7 @@ def test_every_setting_is_read_and_in_the_help(capsys):
 
 
 @pytest.mark.parametrize("flags, word", {  # command line -> what the one line must say
-    "--nonsense 1": "--nonsense", "--distill false": "false", "--framework dino": "simclr",
+    "--epoch 0": "unrecognized", "--distill false": "false", "--framework dino": "simclr",
     "--tau nan": "--tau", "--lr inf": "--lr", "--alpha -1": "--alpha", "--epochs 0": "--epochs",
     "--epochs 1.5": "--epochs", "--seed": "--seed", "--warmup 1.1": "--warmup", "--min-crop 0": "--min-crop",
     "--mid-layers 4": "--mid-layers", "--every 6": "every", "--batch-size 63": "2 ranks",
@@ -606,10 +600,8 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(flags, word, t
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="2"):
-        sdssl.main(f"--preset toy --device cpu {flags}".split())
-    err = capsys.readouterr().err
-    assert word in err and err.count("\n") == 1 and len([*tmp_path.rglob("*")]) == 2
+    assert word in complaint(capsys, *f"--preset toy --device cpu {flags}".split())
+    assert len([*tmp_path.rglob("*")]) == 2
 
 
 def test_schedules_at_their_ends_and_middle():
@@ -633,12 +625,16 @@ def test_functions_and_classes_have_docstrings():
 
 
 # ---- 9. Training: ranks, and going on ----
-
 RUN = ("--hidden-dim 32 --out-dim 16 --batch-size 48 --max-steps 8 --log-every 1 --lr 1e-3 --knn-every 0 "
        "--device cpu").split()  # fmt: skip
 SIX = [["--framework", f, *plain] for f in sdssl.FRAMEWORKS for plain in ([], ["--no-distill"])]
 CPU = torch.device("cpu")
 CASES = [(f, distill) for f in sdssl.FRAMEWORKS for distill in (True, False)] + [("mocov3", "peer")]
+
+
+def torchrun(ranks, *command):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    subprocess.run([*torchrun, *command], check=True, timeout=300)
 
 
 def log_of(folder):
@@ -647,6 +643,10 @@ def log_of(folder):
 
 def saved(folder):
     return torch.load(pathlib.Path(folder) / "last.pt", weights_only=True)
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
 def gradients(case, x1, x2):
@@ -679,8 +679,7 @@ def on_each_rank(folder):
     sdssl._Gather.backward = staticmethod(lambda ctx, grad: grad[sdssl.rank()])  # no sum over ranks
     found["sum"] = {case: gradients(case, *batch(12)) for case in CASES}
     sdssl._Gather.backward = backward
-    if sdssl.rank() == 0:
-        torch.save(found, f"{folder}/gradients.pt")
+    torch.save(found if sdssl.rank() == 0 else None, f"{folder}/gradients{sdssl.rank()}.pt")
     sdssl.set_up = torch.device  # the process group is there
     for i, flags in enumerate(SIX):
         sdssl.train(sdssl.parse_config([*RUN, *flags, "--out", f"{folder}/{i}"]))
@@ -689,15 +688,13 @@ def on_each_rank(folder):
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    environment = os.environ | dict(OMP_NUM_THREADS="1")
-    subprocess.run([*torchrun, __file__, str(folder)], env=environment, check=True, timeout=300)
+    torchrun(3, __file__, folder)
     return folder
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_three_processes_have_the_gradients_of_one_on_the_joined_batch(case, three_ranks):
-    found, one = torch.load(three_ranks / "gradients.pt"), gradients(case, *batch(12))
+    found, one = torch.load(three_ranks / "gradients0.pt"), gradients(case, *batch(12))
     assert_close(found["right"][case], one, rtol=1e-4, atol=1e-5)
     for wrong in ("variance", "sum"):  # this test sees the errors that it is there for
         with pytest.raises(AssertionError):
@@ -735,29 +732,15 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
         process.send_signal(kill)
         error = process.communicate(timeout=60)[1].replace("\r", "\n")
         assert process.returncode == code and (code == -9 or "\nsdssl.py: interrupted; the same" in error)
-        steps = saved(tmp_path / "killed")["step"]
-    assert 0 < steps < 90
-    (tmp_path / "killed/last.new").write_bytes(b"half a checkpoint")  # what a kill while writing leaves
+        assert 0 < (steps := saved(tmp_path / "killed")["step"]) < 90
+    with pytest.raises(UserError, match="no space"):  # nor does a full disk or a kill while writing hurt
+        sdssl.write_whole(tmp_path / "killed/last.pt", lambda new: [new.write_text("ha"), open("no space")])
     sdssl.main([*flags, "--out", str(tmp_path / "killed")])
     whole, killed = saved(tmp_path / "whole")["model"], saved(tmp_path / "killed")["model"]
     assert whole.keys() == killed.keys() and all(torch.equal(w, killed[name]) for name, w in whole.items())
     clock = dict(images_per_s=0, data_wait=0)
     whole, killed = ([r | clock for r in log_of(tmp_path / name)] for name in ("whole", "killed"))
     assert whole == killed and [r["step"] for r in whole] == list(range(1, 91))
-
-
-def contents(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-
-
-def complaint(capsys, *argv):
-    """What the command line says when it refuses: one line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        sdssl.main([*map(str, argv)])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1, error
-    return error
 
 
 def test_a_folder_is_a_run(tmp_path, capsys, monkeypatch):
@@ -777,7 +760,6 @@ def test_a_folder_is_a_run(tmp_path, capsys, monkeypatch):
     assert all(f"{accuracy:.3g}" in first for accuracy in tables[0] + tables[-1])
     assert torchvision.io.read_image(str(out / "views.png")).shape == (3, 3 * 34 + 2, 12 * 34 + 2)
     assert json.loads((out / "config.json").read_text()) == saved(out)["config"]
-
     before = contents(out)
     moved = data.rename(tmp_path / "moved")
     sdssl.main([*flags, "--data", str(moved)])  # finished: the table once more, and nothing is written
@@ -807,17 +789,6 @@ def test_a_loss_that_is_not_finite_leaves_the_checkpoint_from_before(tmp_path, c
     assert saved(tmp_path)["step"] == 6
 
 
-def test_a_write_that_fails_leaves_the_file_before(tmp_path):
-    def half(path):
-        path.write_text("ha")
-        raise OSError("no space left")
-
-    (tmp_path / "last.pt").write_text("whole")
-    with pytest.raises(sdssl.UserError, match="no space left"):
-        sdssl.write_whole(tmp_path / "last.pt", half)
-    assert (tmp_path / "last.pt").read_text() == "whole"
-
-
 @pytest.mark.parametrize("flags", ["--depth 3", "--framework byol --peer vit_toy --every 5"])
 def test_every_network_and_every_exit_can_be_loaded(flags, tmp_path):
     sdssl.main([*RUN, *flags.split(), "--max-steps", "2", "--out", str(tmp_path)])
@@ -831,30 +802,20 @@ def test_every_network_and_every_exit_can_be_loaded(flags, tmp_path):
             loaded = sdssl.load_backbone(tmp_path / "last.pt", name, depth)
             assert not loaded.training and len(loaded.blocks) == len(loaded.widths) == (depth or len(whole))
             assert_close(loaded(x), whole[:depth])
-    for which, depth in (("nobody", None), ("teacher", 99)):
-        with pytest.raises(sdssl.UserError):
-            sdssl.load_backbone(tmp_path / "last.pt", which, depth)
 
 
-class Malice:
-    def __reduce__(self):
-        return os.system, ("echo malice",)
-
-
-def test_a_malicious_or_broken_checkpoint_runs_nothing(tmp_path, capfd):
-    torch.save(dict(networks=Malice()), tmp_path / "last.pt")
+def test_a_malicious_or_broken_checkpoint_runs_nothing(tmp_path):
+    torch.save(dict(networks=functools.partial(os.system, "exit")), tmp_path / "last.pt")
     (tmp_path / "broken.pt").write_bytes(b"PK")
     for name in ("last.pt", "broken.pt", "none.pt"):
-        with pytest.raises(sdssl.UserError, match=name):
+        with pytest.raises(UserError, match=f"cannot read the checkpoint .*{name}"):
             sdssl.load_backbone(tmp_path / name)
-    assert "malice" not in capfd.readouterr().out
 
 
 SWITCHES = {  # flags: what they change in the first step, and how
     "--no-anneal --alpha 0.5": lambda r: r["loss"] == pytest.approx(r["ssl"] + 0.5 * r["isd"]),
     "--framework mocov3 --every 5": lambda r: r["pred"] == pytest.approx(r["ssl"] + r["isd"]),  # two layers
     "--framework byol --m0 0.5": lambda r: r["m"] == 0.5,
-    "--peer vit_toy --mutual 0": lambda r: r["loss"] == pytest.approx(r["ssl"] + r["peer_loss"], abs=1e-4),
     "--arch resnet18 --img-size 16 --batch-size 8": lambda r: r["isd"] > 0,
     "--bf16": lambda r: r["ssl"] == pytest.approx(0.8 * math.log(95), rel=0.05),
 }
@@ -867,8 +828,6 @@ def test_switches_of_the_command_line_do_what_they_say(flags, tmp_path):
 
 
 # ---- eval_knn.py and eval_linear.py ----
-
-
 def test_average_precision_is_the_mean_precision_at_every_hit():
     torch.manual_seed(0)
     bank, queries = torch.randn(30, 4), torch.randn(5, 4)
@@ -896,10 +855,9 @@ def test_alignments_uniformity_and_cka_are_their_equations():
 
 
 def test_the_cost_of_an_exit_is_its_part_of_the_multiply_adds():
-    costs, N, D, patches = [], 5, 16, 4 * 16 * 3 * 64
-    for depth in (1, 2, 3):  # of a cut network's last block, [CLS] only: one query, one row of the MLP
-        whole, cls = 12 * N * D**2 + 2 * N**2 * D, 3 * N * D**2 + 2 * N * D + 9 * D**2
-        costs.append(patches + (depth - 1) * whole + cls)
+    N, D, patches = 5, 16, 4 * 16 * 3 * 64
+    block, last = 12 * N * D**2 + 2 * N**2 * D, 3 * N * D**2 + 2 * N * D + 9 * D**2  # last: [CLS] only
+    costs = [patches + n * block + last for n in range(3)]
     assert eval_knn.exit_costs(tiny_vit()) == pytest.approx([100 * cost / costs[-1] for cost in costs])
 
 
@@ -926,7 +884,7 @@ def test_foreign_weights_give_the_same_network_or_a_list_of_what_does_not_fit(la
 
     assert_close(load(weights)(x), vit.eval()(x))
     missing = {name: w for name, w in weights.items() if name != "blocks.1.norm1.bias"}
-    with pytest.raises(sdssl.UserError, match="(?s)blocks.1.norm1.bias.*surplus"):
+    with pytest.raises(UserError, match="(?s)blocks.1.norm1.bias.*surplus"):
         load({**missing, "surplus": torch.zeros(1)})
 
 
@@ -958,9 +916,8 @@ def test_eval_knn_measures_what_its_functions_say(trained, capsys):
     for name, x in (("layer6", val[0][5]), ("labels", val[1])):
         assert (numpy.load(features)[name] == x.numpy()).all()
     assert torchvision.io.read_image(str(trained / "run/cka.png")).shape == (3, 144, 144)
-    with pytest.raises(SystemExit):
-        eval_knn.main([str(path), "--save-features", str(features)])  # what is there stays
-    assert "--save-features" in capsys.readouterr().err
+    error = complaint(capsys, path, "--save-features", features, main=eval_knn.main)
+    assert "--save-features" in error  # what is there stays
     eval_knn.main([str(path), str(path)])
     assert capsys.readouterr().out.count(f"{found['top-1'][0]:.3g}") == 2  # side by side
 
@@ -987,9 +944,9 @@ def test_probes_of_two_rates_are_probes_trained_alone_and_go_on(trained, tmp_pat
     stopped = probe("stopped", "--lrs", "0.1")
     assert all(torch.equal(stopped[name], weight) for name, weight in alone.items())
     before = contents(tmp_path / "stopped")
-    with pytest.raises(SystemExit):
-        probe("stopped", "--lrs", "0.2")
-    assert "move it away" in capsys.readouterr().err and contents(tmp_path / "stopped") == before
+    other = [tmp_path / "stopped/last.pt", *flags, "--lrs", "0.2"]
+    assert "move it away" in complaint(capsys, *other, main=eval_linear.main)
+    assert contents(tmp_path / "stopped") == before
 
 
 def test_finetuning_trains_everything_at_rates_that_fall_towards_the_image(trained, tmp_path):
@@ -1003,8 +960,8 @@ def test_finetuning_trains_everything_at_rates_that_fall_towards_the_image(train
     groups = eval_linear.finetuning_groups(before, nn.Linear(2, 2))
     of = {id(p): (group["scale"], group["weight_decay"]) for group in groups for p in group["params"]}
     for name, values in {
-        "cls_token": (0.75**7, 0), "blocks.0.norm1.bias": (0.75**6, 0), "blocks.5.mlp.fc1.weight": (0.75, 0.05),
-        "norm.weight": (1, 0), "patch_embed.proj.weight": (0.75**7, 0.05),
+        "cls_token": (0.75**7, 0), "blocks.0.norm1.bias": (0.75**6, 0), "norm.weight": (1, 0),
+        "blocks.5.mlp.fc1.weight": (0.75, 0.05), "patch_embed.proj.weight": (0.75**7, 0.05),
     }.items():  # fmt: skip
         assert of[id(before.get_parameter(name))] == pytest.approx(values)
 
@@ -1012,32 +969,26 @@ def test_finetuning_trains_everything_at_rates_that_fall_towards_the_image(train
 def test_two_ranks_evaluate_like_one(trained, tmp_path):
     found = {1: [], 2: []}
     for ranks, numbers in found.items():
-        shutil.copytree(trained / "run", tmp_path / str(ranks))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        run = shutil.copytree(trained / "run", tmp_path / str(ranks))
         for name, *flags in (("knn", "--retrieval"), ("linear", "--batch-size", "60", "--epochs", "2")):
-            (tmp_path / str(ranks) / f"{name}.json").unlink(missing_ok=True)
-            command = [*torchrun, HERE / f"eval_{name}.py", tmp_path / str(ranks) / "last.pt", *flags]
-            subprocess.run(command, check=True, capture_output=True, timeout=120)
-            [result] = json.loads((tmp_path / str(ranks) / f"{name}.json").read_text()).values()
+            (run / f"{name}.json").unlink(missing_ok=True)
+            torchrun(ranks, HERE / f"eval_{name}.py", run / "last.pt", *flags)
+            [result] = json.loads((run / f"{name}.json").read_text()).values()
             numbers += result["top-1"] + result.get("mAP", [])
     assert len(found[1]) == 18 and found[2] == pytest.approx(found[1], abs=1.1)  # an image more or less
 
 
 def test_what_cannot_be_evaluated_is_one_line(trained, tmp_path, capsys):
-    path = str(trained / "run/last.pt")
-    (tmp_path / "val").mkdir()
+    path = trained / "run/last.pt"
     shutil.copytree(trained / "train/0", tmp_path / "train/0")
     for main, argv, word in (
-        (eval_knn.main, [path, "--data", str(tmp_path)], "no val images"),
+        (eval_knn.main, [path, "--data", tmp_path], "no val images"),
         (eval_knn.main, [path, "--lr", "1"], "--lr"),
         (eval_linear.main, [path, "--finetune", "--cached"], "--finetune"),
         (eval_linear.main, [path], "too few for --batch-size 1024"),
         (eval_linear.main, [path, "--which", "peer"], "peer"),
     ):
-        with pytest.raises(SystemExit) as end:
-            main(argv)
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and word in error and error.count("\n") == 1
+        assert word in complaint(capsys, *argv, main=main)
 
 
 if __name__ == "__main__":
