@@ -109,7 +109,7 @@ def network_parser(program, doc, **checkpoint):
     parser.add_argument("--data", help="as in sdssl.py; default: what the network was trained on")
     parser.add_argument("--which", choices=("teacher", "student", "peer"), default="teacher")
     parser.add_argument("--num-heads", help="of foreign weights", **sdssl.count)
-    parser.add_argument("--workers", default=2, help="processes that read images", **sdssl.count_or_0)
+    parser.add_argument("--workers", default=2, help="processes that read images", **sdssl.natural)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=sdssl.Config.device)
     return parser
 
@@ -214,7 +214,7 @@ def run(argv=None):
     """Evaluate what the command line names. Raises sdssl.UserError for anything the user can change."""
     parser = network_parser("eval_knn.py", __doc__, nargs="+")
     parser.add_argument("--k", default=20, help="neighbours that vote", **sdssl.count)
-    parser.add_argument("--temperature", default=0.07, help="of the votes", **sdssl.number(float, 1e-3))
+    parser.add_argument("--temperature", default=0.07, help="of the votes", **sdssl.between(float, 1e-3))
     parser.add_argument("--retrieval", action="store_true", help="mAP of ranking the training images")
     parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA; 15 GB for 50,000 images")
     parser.add_argument("--save-features", help="new .npz file: validation images, all layers")

@@ -56,7 +56,7 @@ def accuracy(logits, labels, k=1):
 
 
 def average_gradients(parameters):
-    """Every rank's gradients -> their mean, by one collective."""
+    """Every rank's gradients become their mean, by one collective."""
     if sdssl.world_size() > 1:
         gradients = [p.grad for p in parameters]
         flat = parameters_to_vector(gradients)
@@ -106,7 +106,7 @@ def run(argv=None):
     parser.add_argument("--finetune", action="store_true")
     parser.add_argument("--epochs", default=90, **sdssl.count)
     parser.add_argument("--batch-size", default=1024, **sdssl.count)
-    parser.add_argument("--lrs", nargs="+", **sdssl.number(float, 1e-9, 1e3))
+    parser.add_argument("--lrs", nargs="+", **sdssl.between(float, 1e-9, 1e3))
     args, flags = parser.parse_known_args(argv)
     rates = args.lrs or ([5e-4] if args.finetune else [0.03, 0.1, 0.3, 1.0, 3.0])
     if args.finetune and (args.cached or len(rates) > 1):

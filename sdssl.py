@@ -175,7 +175,7 @@ def gather(x):
 def standardise(x):
     """BatchNorm without scale and shift, in float32: x (..., B, D) over the images of all ranks."""
     x = x.float()
-    if world_size() == 1:  # in one kernel: LayerNorm with B as the axis to normalise
+    if world_size() == 1:  # the same in one kernel: LayerNorm, eps 1e-5, with B as the axis to normalise
         return F.layer_norm(x.mT, x.shape[-2:-1]).mT
     var, mean = torch.var_mean(x, dim=-2, correction=0, keepdim=True)
     var, mean = gather(torch.stack([var, mean])).unbind(1)  # of every rank's images: (ranks, ..., 1, D)
@@ -199,7 +199,7 @@ class Heads(nn.Module):
 
     def forward(self, x):
         for i, weight in enumerate(self.weights):
-            x = (x.flatten(1, 2) @ weight).unflatten(1, (2, -1))  # (K, 2B, in) @ (K, in, out), back to views
+            x = (x.flatten(1, 2) @ weight).unflatten(1, (2, -1))  # K products at once, (2B, in) @ (in, out)
             if i < len(self.scales):
                 x = F.relu(standardise(x) * self.scales[i] + self.shifts[i])
             elif self.last_bn:
@@ -243,7 +243,8 @@ def nt_xent(q, z, tau=0.2):
     directions summed -> (...). Negatives are both views of all other images on all ranks, 2 N - 2 of them; an
     anchor never meets its own image's key of the same view. nt_xent(z, z) is plain SimCLR."""
     keys = all_ranks(z)  # (2, ranks * B, E)
-    across, within = similarity(q, keys.flip(0)) / tau, similarity(q, keys) / tau  # the other view, the same
+    # across: anchors of view 1 with keys of view 2, and back; within: with their own view's keys
+    across, within = similarity(q, keys.flip(0)) / tau, similarity(q, keys) / tau
     own_images(within).fill_(-torch.inf)
     everything = torch.cat([across, within], dim=-1).logsumexp(-1)
     return 2 * tau * (everything - own_images(across)).mean(-1).sum(-1)
@@ -296,7 +297,7 @@ class SDSSL(nn.Module):
             return [torch.cat(views) for views in zip(*map(backbone, x.chunk(2)))]
         return backbone(x)
 
-    def heads(self, last, mid, x):
+    def each_layer(self, last, mid, x):
         """x (L, 2, B, ...): the last layer through its head, the others, if distilled, through theirs."""
         return torch.cat([mid(x[:-1]), last(x[-1:])]) if self.distill else last(x)
 
@@ -304,11 +305,11 @@ class SDSSL(nn.Module):
         """h: L x (2B, D) -> (L, 2, B, E), of `every` n-th layer; (1, 2, B, E) without distillation."""
         width = layers[-1].shape[-1]  # a ResNet's stages differ in width
         layers = [F.pad(layers[i], (0, width - layers[i].shape[-1])) for i in self.chosen]
-        return self.heads(self.projector, self.mid_projectors, torch.stack(layers).unflatten(1, (2, -1)))
+        return self.each_layer(self.projector, self.mid_projectors, torch.stack(layers).unflatten(1, (2, -1)))
 
     def predict(self, h):
         """q: (L, 2, B, E) -> (L, 2, B, E), every layer by a predictor of its own. SimCLR has none: q is h."""
-        return h if self.framework == "simclr" else self.heads(self.predictor, self.mid_predictors, h)
+        return h if self.framework == "simclr" else self.each_layer(self.predictor, self.mid_predictors, h)
 
     @torch.no_grad()
     def target(self, x):
@@ -703,7 +704,7 @@ PRESETS = dict(
 )  # fmt: skip
 
 
-def number(kind, low, high=10**9):
+def between(kind, low, high=10**9):
     """What argparse needs to know of an int or a float from low to high; nan is refused, too."""
 
     def parse(text):
@@ -715,36 +716,36 @@ def number(kind, low, high=10**9):
     return dict(type=parse)
 
 
-count, count_or_0, weight, part = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+count, natural, weight, fraction = between(int, 1), between(int, 0), between(float, 0), between(float, 0, 1)
 switch = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
 
 
 @dataclass
-class Learned:  # What is learned follows from these and the images. Here: the paper's ViT-S/16, section 4.1
+class Learned:  # What is learned follows from these and the images. name: what argparse needs = default
     framework: dict(choices=FRAMEWORKS) = "simclr"  # the SSL framework that is self-distilled
     distill: switch = True  # self-distillation; without it, the plain framework
     alpha: weight = 1.0  # of the intermediate self-distillation, at the end of training
     anneal: switch = True  # let alpha rise from 0 on half a cosine; without it, alpha is constant
     beta: weight = 1.0  # of the predictor loss
     every: count = 1  # distil each n-th layer only, counted from the last
-    mid_layers: number(int, 2, 3) = 3  # layers of the intermediate projectors
+    mid_layers: between(int, 2, 3) = 3  # layers of the intermediate projectors
     peer: dict(choices=["none", *ARCHS]) = "none"  # a second network beside the first: Distill-on-the-Go
     mutual: weight = 1.0  # of the divergence between the peers
-    tau: number(float, 1e-3) = 0.2  # temperature of the contrastive loss
-    m0: part = 0.996  # teacher's momentum at the start; cosine to 1
+    tau: between(float, 1e-3) = 0.2  # temperature of the contrastive loss
+    m0: fraction = 0.996  # teacher's momentum at the start; cosine to 1
     arch: dict(choices=ARCHS) = "vit_small"  # the backbone
-    depth: count_or_0 = 0  # blocks of a ViT; 0: as many as the architecture has
-    img_size: number(int, 8) = 224  # pixels
+    depth: natural = 0  # blocks of a ViT; 0: as many as the architecture has
+    img_size: between(int, 8) = 224  # pixels
     patch_size: count = 16  # pixels
-    hidden_dim: number(int, 2) = 4096  # of the last projector and the predictors; half of it in the others
-    out_dim: number(int, 2) = 256  # E, width of the heads' output
+    hidden_dim: between(int, 2) = 4096  # of the last projector and the predictors; half of it in the others
+    out_dim: between(int, 2) = 256  # E, width of the heads' output
     epochs: count = 300  # passes over the training images
-    warmup: part = 40 / 300  # part of the run in which the learning rate rises linearly
-    batch_size: number(int, 2) = 1024  # images in a step, over all ranks
-    lr: weight = 1.5e-4  # peak learning rate per 256 images: times batch_size / 256
+    warmup: fraction = 40 / 300  # part of the run in which the learning rate rises linearly
+    batch_size: between(int, 2) = 1024  # images in a step, over all ranks
+    lr: weight = 1.5e-4  # peak rate per 256 images, times batch_size / 256; SimCLR on ImageNet: 1.3e-4
     weight_decay: weight = 0.1  # AdamW's; none on biases, norms and [CLS]
-    min_crop: number(float, 0.01, 1) = 0.08  # smallest crop, part of the image's area
-    seed: count_or_0 = 0  # of everything random
+    min_crop: between(float, 0.01, 1) = 0.08  # smallest crop, part of the image's area
+    seed: natural = 0  # of everything random
 
 
 @dataclass
@@ -752,11 +753,11 @@ class Config(Learned):  # Where and how it runs; a run may go on with other valu
     data: dict() = "toy"  # toy, a class of torchvision.datasets (cifar10, ...), or a folder of images
     out: dict() = ""  # run folder; by default runs/ and a name that tells data, framework and seed
     preset: dict(choices=PRESETS) = "imagenet"  # follows from --data
-    save_every: count_or_0 = 0  # steps between two checkpoints, besides the one each epoch; 0: none
-    max_steps: count_or_0 = 0  # stop after so many steps, with schedules as planned; 0: after the last epoch
-    knn_every: count_or_0 = 10  # epochs between two k-NN tables; 0: no table at all
+    save_every: natural = 0  # steps between two checkpoints, besides the one each epoch; 0: none
+    max_steps: natural = 0  # stop after so many steps, with schedules as planned; 0: after the last epoch
+    knn_every: natural = 10  # epochs between two k-NN tables; 0: no table at all
     log_every: count = 10  # steps between two lines of log.jsonl
-    workers: count_or_0 = 8  # processes a rank that read and crop images; 0: none but the training's own
+    workers: natural = 8  # processes a rank that read and crop images; 0: none but the training's own
     device: dict(choices=["cpu", "cuda"]) = "cuda" if torch.cuda.is_available() else "cpu"
     bf16: switch = False  # bfloat16 autocast; on CUDA by default
     compile: switch = False  # torch.compile the blocks of the ViT
@@ -778,7 +779,7 @@ def parse_config(argv=None):
         parser.add_argument("--" + field.name.replace("_", "-"), help=argparse.SUPPRESS, **field.type)
     given = vars(parser.parse_args(argv))
     data = given.get("data", "toy")
-    preset = "toy" if data == "toy" else "cifar10" if data.startswith("cifar") else "imagenet"
+    preset = data if data in PRESETS else "cifar10" if data == "cifar100" else "imagenet"
     preset = given.setdefault("preset", preset)
     given.setdefault("bf16", given.get("device", Config.device) == "cuda")
     config = Config(**PRESETS[preset] | given)
@@ -827,7 +828,7 @@ def load_backbone(path, which="teacher", depth=None):
     "teacher" (SimCLR's only network, too), "student", or "peer". depth: of a ViT, the first so many blocks
     only, with the final norm: its outputs are layers 1 to `depth`. Raises UserError for what is not there."""
     checkpoint = load_checkpoint(path)
-    with user_error(f"{path} holds no network {which} of depth {depth}"):
+    with user_error(f"{path} holds no {which} of depth {depth or 'any'}"):
         network = checkpoint["networks"][which]
         backbone = build_backbone(**network["architecture"] | (dict(depth=depth) if depth else {}))
         backbone.load_state_dict({name: network["weights"][name] for name in backbone.state_dict()})
@@ -927,8 +928,9 @@ def train(config):
     steps_per_epoch = dataset.steps_per_epoch
     total = config.epochs * steps_per_epoch
     last = min(total, config.max_steps or total)
-    name = f"{Path(config.data).name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}"
-    folder, chief, first, log = Path(config.out or f"runs/{name}"), rank() == 0, 0, ""
+    name = f"{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}"
+    folder, chief = Path(config.out or f"runs/{name}"), rank() == 0
+    first, log = 0, ""
     learned = {field.name: getattr(config, field.name) for field in fields(Learned)}
     learned["images"] = f"{len(source)} of {'a folder' if is_folder else config.data}"  # which may have moved
     checkpoint = find_checkpoint(folder, learned)
