@@ -216,7 +216,7 @@ def run(argv=None):
     parser.add_argument("--k", default=20, help="neighbours that vote", **sdssl.count)
     parser.add_argument("--temperature", default=0.07, help="of the votes", **sdssl.between(float, 1e-3))
     parser.add_argument("--retrieval", action="store_true", help="mAP of ranking the training images")
-    parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA; 15 GB for 50,000 images")
+    parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA; 10 GB for 50,000 images")
     parser.add_argument("--save-features", help="new .npz file: validation images, all layers")
     args, flags = parser.parse_known_args(argv)
     device = sdssl.set_up(args.device)

@@ -143,11 +143,11 @@ def run(argv=None):
     else:
         groups = [dict(params=[*layers.parameters()], scale=r / rates[0]) for layers, r in zip(probes, rates)]
         optimizer = torch.optim.SGD(groups, momentum=0.9)
-
     chief, keep = sdssl.rank() == 0, args.checkpoint != "random"
     mode = "finetune" if args.finetune else "cached" if args.cached else "linear"
     path = Path(f"{args.checkpoint.removesuffix('.pt')}-{mode}-{Path(data).name}-{args.which}.pt")
-    settings = dict(data=len(labels), step=step, epochs=args.epochs, batch_size=args.batch_size, lrs=rates)
+    settings = dict(data=data, num_heads=args.num_heads, step=step, epochs=args.epochs)
+    settings |= dict(batch_size=args.batch_size, lrs=rates)
     if keep and path.exists():
         state = sdssl.load_checkpoint(path)
         if state["settings"] != settings:

@@ -678,10 +678,10 @@ def knn(train, val, device, k=20, temperature=0.07):
 
 def layer_table(title, columns):
     """Text: a line a layer; columns: name, one number a layer; a bar for the last one, in percent."""
-    lines = [title, "layer" + "".join(f"{name:>11}" for name in columns)]
+    lines = [title, "layer" + "".join(f"{name:>12}" for name in columns)]
     for layer, row in enumerate(itertools.zip_longest(*columns.values()), 1):  # depths may differ
         cells = ("" if value is None else f"{value:.3g}" for value in row)
-        lines.append(f"{layer:5}" + "".join(f"{cell:>11}" for cell in cells))
+        lines.append(f"{layer:5}" + "".join(f"{cell:>12}" for cell in cells))
         lines[-1] += f"  {'█' * round((row[-1] or 0) / 2)}"
     return "\n".join(lines)
 
