@@ -2,7 +2,7 @@
 """SDSSL in one file: Self-Distilled Self-supervised Representation Learning (Jang et al., WACV 2023).
 
 While a ViT learns by SimCLR, BYOL or MoCo v3, every intermediate layer also learns from the final layer's
-target, through a projector and a predictor of its own. The whole idea is
+target, through a projector and (but for SimCLR) a predictor of its own. The whole idea is
 
     loss = L_ssl(q_L, z_L)                               the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))        intermediate self-distillation, Eq. 3
@@ -13,7 +13,7 @@ target, through a projector and a predictor of its own. The whole idea is
     python sdssl.py --data /path/to/photos                        # any folder of images
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet # one server; many nodes: README.md
 
-Read from top to bottom, as an image travels: ViT -> heads -> losses -> objective -> views -> data -> k-NN
+Read from top to bottom, the method first: ViT -> heads -> losses -> objective -> views -> data -> k-NN
 -> settings -> training. The method is section 4. Sections 1 to 4 use nothing below them: copy freely.
 
 B images in a batch, N tokens, D embedding width, L layers, E head output. The two views of the images are an
@@ -151,8 +151,8 @@ def world_size():
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather with gradients. Every rank's loss asks something of our x; only the sum of it, averaged over
-    ranks by DDP, is what one process computes on the joined batch. Our own part alone is not."""
+    """all_gather with gradients. Every rank's loss depends on our x: backward sums their gradients, and DDP
+    averages over ranks. That is one process's gradient on the joined batch; our own loss's alone is not."""
 
     @staticmethod
     def forward(ctx, x):
@@ -184,10 +184,10 @@ def standardise(x):
 
 
 class Heads(nn.Module):
-    """num_heads equal MLPs side by side, (num_heads, 2, B, widths[0]) -> (num_heads, 2, B, widths[-1]): head
-    k serves x[k]. As in MoCo v3 and section 4.1: no biases; hidden layers BatchNorm + ReLU; the output
-    BatchNorm has no scale and shift, and BYOL goes without it (last_bn=False). Statistics are one view's.
-    Nobody evaluates a head, so BatchNorm keeps no running mean."""
+    """K = num_heads equal MLPs side by side, (K, 2, B, widths[0]) -> (K, 2, B, widths[-1]): head k for x[k].
+    As in MoCo v3 and section 4.1: no biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no
+    scale and shift, and BYOL goes without it (last_bn=False). Statistics are one view's. Nobody evaluates a
+    head, so BatchNorm keeps no running mean."""
 
     def __init__(self, num_heads, widths, last_bn=True):
         super().__init__()
@@ -298,7 +298,7 @@ class SDSSL(nn.Module):
         return backbone(x)
 
     def each_layer(self, last, mid, x):
-        """x (L, 2, B, ...): the last layer through its head, the others, if distilled, through theirs."""
+        """x (L, 2, B, ...), L chosen layers from here on: the last through its head, the others theirs."""
         return torch.cat([mid(x[:-1]), last(x[-1:])]) if self.distill else last(x)
 
     def project(self, layers):
@@ -422,6 +422,7 @@ def shift_hue(x, shift):
     c = chroma + 1e-9  # grey has no hue: 0
     hue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
     hue = torch.where(value == r, (g - b) / c, hue)  # in sixths of a turn
+    # back: each channel is high for a third of the circle, low for a third, and slopes between
     k = (hue[:, None] + 6 * shift + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -607,7 +608,7 @@ class TrainingCrops:
             for tries in tries_of_crops:
                 top, left, h, w = random_box(tries, *x.shape[-2:], self.min_crop)
                 cut = x[..., top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
-                crops.append(F.interpolate(cut, (self.size, self.size), mode="bilinear", antialias=True))
+                crops.append(F.interpolate(cut, self.size, mode="bilinear", antialias=True))
         return torch.cat(crops).unflatten(0, (-1, self.crops)).transpose(0, 1), numbers, complaints
 
 
@@ -624,7 +625,7 @@ class CentreCrops:
     def __getitem__(self, i):
         image, label = read_image(self.source, i)
         if image.size != (self.size, self.size):
-            image = TF.center_crop(TF.resize(image, [self.size * 8 // 7]), [self.size])  # 256 for 224
+            image = TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size)  # 256 for 224
         return TF.pil_to_tensor(image), label
 
 
@@ -914,13 +915,13 @@ def show_tables(log):
 def train(config):
     """One run, from the first image to the table of all layers, in its folder; a checkpoint there goes on."""
     device = set_up(config.device)
+    source, is_folder, parts = open_dataset(config.data), Path(config.data).is_dir(), []
+    if len(source) < config.batch_size:
+        raise UserError(f"{len(source)} images do not fill a batch: --batch-size {len(source)} or less")
     model = build_model(config).to(device)
     if device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's; our heads and the ViT have none
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
-    source, is_folder, parts = open_dataset(config.data), Path(config.data).is_dir(), []
-    if len(source) < config.batch_size:
-        raise UserError(f"{len(source)} images do not fill a batch: --batch-size {len(source)} or less")
     if config.knn_every and (Path(config.data, "val").is_dir() or not is_folder):
         parts = [CentreCrops(open_dataset(config.data, part), config.img_size) for part in ("train", "val")]
     numbers = torch.arange(len(source))
@@ -930,10 +931,9 @@ def train(config):
     last = min(total, config.max_steps or total)
     name = f"{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}"
     folder, chief = Path(config.out or f"runs/{name}"), rank() == 0
-    first, log = 0, ""
     learned = {field.name: getattr(config, field.name) for field in fields(Learned)}
     learned["images"] = f"{len(source)} of {'a folder' if is_folder else config.data}"  # which may have moved
-    checkpoint = find_checkpoint(folder, learned)
+    checkpoint, first, log = find_checkpoint(folder, learned), 0, ""
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
