@@ -56,6 +56,13 @@ def sincos_2d(dim, height, width):
     return torch.cat([row.sin(), row.cos(), col.sin(), col.cos()], dim=1)
 
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v, every head on its own: q (B, heads, M, d), k and v (B, heads, N, d)."""
+    if q.is_cuda or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v)  # in one kernel, whose backward is slow on CPUs
+    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+
 class Block(nn.Module):
     """Pre-norm transformer block, (B, N, D) -> (B, M, D): the first M tokens, all of them if M is None."""
 
@@ -71,8 +78,8 @@ class Block(nn.Module):
     def forward(self, x, M=None):
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
-        attended = F.scaled_dot_product_attention(q[:, :, :M], k, v)  # softmax(q k^T / sqrt(d)) v
-        x = x[:, :M] + self.attn.proj(attended.transpose(1, 2).flatten(2))  # (B, M, D)
+        attended = attention(q[:, :, :M], k, v).transpose(1, 2).flatten(2)  # (B, M, D)
+        x = x[:, :M] + self.attn.proj(attended)
         return x + self.mlp(self.norm2(x))
 
 
@@ -173,38 +180,38 @@ def gather(x):
 
 
 def standardise(x):
-    """BatchNorm without scale and shift, in float32: x (..., B, D) over the images of all ranks."""
+    """BatchNorm without scale and shift, in float32: x (..., B) over the images of all ranks."""
     x = x.float()
-    if world_size() == 1:  # the same in one kernel: LayerNorm, eps 1e-5, with B as the axis to normalise
-        return F.layer_norm(x.mT, x.shape[-2:-1]).mT
-    var, mean = torch.var_mean(x, dim=-2, correction=0, keepdim=True)
-    var, mean = gather(torch.stack([var, mean])).unbind(1)  # of every rank's images: (ranks, ..., 1, D)
+    if world_size() == 1:
+        return F.layer_norm(x, x.shape[-1:])  # the same in one kernel, eps 1e-5 too
+    var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
+    var, mean = gather(torch.stack([var, mean])).unbind(1)  # of every rank's images: (ranks, ..., 1)
     var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)  # ranks have equally many
     return (x - mean) * (var + 1e-5).rsqrt()
 
 
 class Heads(nn.Module):
     """K = num_heads equal MLPs side by side, (K, 2, B, widths[0]) -> (K, 2, B, widths[-1]): head k for x[k].
-    As in MoCo v3 and section 4.1: no biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no
-    scale and shift, and BYOL goes without it (last_bn=False). Statistics are one view's. Nobody evaluates a
-    head, so BatchNorm keeps no running mean."""
+    As in MoCo v3: no biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no scale and shift, and
+    BYOL goes without it (last_bn=False). Statistics are one view's, never running: no head is evaluated."""
 
     def __init__(self, num_heads, widths, last_bn=True):
         super().__init__()
-        shapes = zip(widths, widths[1:])  # below, drawn as nn.Linear does
-        self.weights = nn.ParameterList((2 * torch.rand(num_heads, i, o) - 1) / i**0.5 for i, o in shapes)
-        self.scales = nn.ParameterList(torch.ones(num_heads, 1, 1, width) for width in widths[1:-1])
-        self.shifts = nn.ParameterList(torch.zeros(num_heads, 1, 1, width) for width in widths[1:-1])
+        shapes = zip(widths[1:], widths)  # below, drawn as nn.Linear does
+        self.weights = nn.ParameterList((2 * torch.rand(num_heads, o, i) - 1) / i**0.5 for o, i in shapes)
+        self.scales = nn.ParameterList(torch.ones(num_heads, width, 1, 1) for width in widths[1:-1])
+        self.shifts = nn.ParameterList(torch.zeros(num_heads, width, 1, 1) for width in widths[1:-1])
         self.last_bn = last_bn
 
     def forward(self, x):
+        x = x.permute(0, 3, 1, 2)  # (K, widths[0], 2, B): images last, where BatchNorm reads them in a row
         for i, weight in enumerate(self.weights):
-            x = (x.flatten(1, 2) @ weight).unflatten(1, (2, -1))  # K products at once, (2B, in) @ (in, out)
+            x = (weight @ x.flatten(2)).unflatten(2, (2, -1))  # K products at once, (out, in) @ (in, 2B)
             if i < len(self.scales):
                 x = F.relu(standardise(x) * self.scales[i] + self.shifts[i])
             elif self.last_bn:
                 x = standardise(x)
-        return x
+        return x.permute(0, 2, 3, 1)
 
 
 # ---- 3. Losses: pure functions of tensors, one value for each leading index ----
@@ -214,11 +221,11 @@ def all_ranks(z):
     return gather(z.float()).movedim(0, -3).flatten(-3, -2)
 
 
-def similarity(q, keys):
-    """Cosine similarities of q (..., B, E) and keys (..., N, E) -> (..., B, N); in float32 also under
-    autocast: in half precision a softmax at tau 0.2 loses the small differences it is about."""
+def similarity(q, keys, tau):
+    """Logits (..., B, N): cosine similarities of q (..., B, E) and keys (..., N, E), over tau; in float32,
+    for in half precision a softmax at tau 0.2 loses the small differences it is about."""
     with torch.autocast(q.device.type, enabled=False):
-        return F.normalize(q.float(), dim=-1) @ F.normalize(keys.float(), dim=-1).mT
+        return F.normalize(q.float(), dim=-1) / tau @ F.normalize(keys.float(), dim=-1).mT
 
 
 def own_images(logits):
@@ -229,7 +236,7 @@ def own_images(logits):
 def ctr(q, z, tau=0.2):
     """Contrastive loss, Eq. 2 as in Algorithm 1: 2 tau * cross entropy of <q, z> / tau, mean over images.
     Anchors q and their keys z, both (..., B, E) -> (...). Negatives are other images' keys, on all ranks."""
-    logits = similarity(q, all_ranks(z)) / tau  # (..., B, ranks * B)
+    logits = similarity(q, all_ranks(z), tau)  # (..., B, ranks * B)
     return 2 * tau * (logits.logsumexp(-1) - own_images(logits)).mean(-1)
 
 
@@ -244,9 +251,9 @@ def nt_xent(q, z, tau=0.2):
     anchor never meets its own image's key of the same view. nt_xent(z, z) is plain SimCLR."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     # across: anchors of view 1 with keys of view 2, and back; within: with their own view's keys
-    across, within = similarity(q, keys.flip(0)) / tau, similarity(q, keys) / tau
+    across, within = similarity(q, keys.flip(0), tau), similarity(q, keys, tau)
     own_images(within).fill_(-torch.inf)
-    everything = torch.cat([across, within], dim=-1).logsumexp(-1)
+    everything = torch.logaddexp(across.logsumexp(-1), within.logsumexp(-1))
     return 2 * tau * (everything - own_images(across)).mean(-1).sum(-1)
 
 
@@ -257,12 +264,11 @@ FRAMEWORKS = ("simclr", "byol", "mocov3")
 
 class SDSSL(nn.Module):
     """Self-distilled SimCLR, BYOL or MoCo v3 around a backbone; distill=False is the plain framework.
-
     backbone: a module with `widths`, one per layer and none above the last, whose forward returns the layers'
-    representations, as VisionTransformer's. framework: one of FRAMEWORKS. hidden_dim: of the last projector
-    and all predictors, half of it in the other projectors. out_dim: E. tau: temperature. beta: weight of the
-    predictor loss. For Table 6: every: distil each `every`-th layer only, counted from the last; mid_layers:
-    of the intermediate projectors, 2 or 3. Raises ValueError for what cannot be built."""
+    representations. hidden_dim: of the last projector and all predictors, half of it in the other projectors.
+    out_dim: E. tau: temperature. beta: weight of the predictor loss. For Table 6: every: distil each `every`-
+    th layer only, counted from the last; mid_layers: of the intermediate projectors, 2 or 3. Raises
+    ValueError for what cannot be built."""
 
     def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256, tau=0.2,
                  beta=1.0, every=1, mid_layers=3):  # fmt: skip
@@ -365,7 +371,7 @@ def mutual_kl(h, peer_h, tau=0.1):
     """Distill-on-the-Go: KL(peer's rows || own rows), mean over images; the peer's side is detached. A row is
     the softmax over tau of the cosine similarities of an image's view 1 with view 2 of all images, on all
     ranks. h: own projections (2, B, E); peer_h: the peer's (2, B, E')."""
-    own, peer = ((similarity(v1, all_ranks(v2)) / tau).log_softmax(-1) for v1, v2 in (h, peer_h))
+    own, peer = (similarity(v1, all_ranks(v2), tau).log_softmax(-1) for v1, v2 in (h, peer_h))
     return F.kl_div(own, peer.detach(), log_target=True, reduction="batchmean")
 
 
@@ -476,9 +482,9 @@ def augment(x, blur, solarize, generator):
 
 
 def random_box(tries, height, width, min_area):
-    """A random crop's box in height x width pixels: top, left, height, width. tries: four numbers in [0, 1)
-    each. As torchvision's RandomResizedCrop: area uniform from `min_area`, part of the image's, to 1; log
-    aspect uniform in log 3/4..4/3; the first try that fits. If none does, the last, cut to the image."""
+    """A random crop's top, left, height, width, as torchvision's RandomResizedCrop draws it: area uniform in
+    `min_area`, part of the image's, to 1; log aspect in log 3/4..4/3. Of the tries, four numbers in [0, 1)
+    each, the first that fits is taken, or the last, cut to the image."""
     for area, aspect, top, left in tries:
         area, aspect = (min_area + (1 - min_area) * area) * height * width, (3 / 4) ** (1 - 2 * aspect)
         h, w = max(1, round((area / aspect) ** 0.5)), max(1, round((area * aspect) ** 0.5))
@@ -531,9 +537,8 @@ class Unlabelled(torchvision.datasets.ImageFolder):
 
 
 def open_dataset(data, part="pretrain"):
-    """The part "pretrain", "train" or "val" of `data`: "toy", a class of torchvision.datasets in small
-    letters, or a folder. "pretrain" needs no labels. Raises UserError if there is no such thing. To be called
-    on all ranks alike: one of a node downloads torchvision's sets."""
+    """The part "pretrain" (without labels), "train" or "val" of `data`: "toy", torchvision.datasets' classes
+    in small letters, or a folder. Called on all ranks alike: one of a node downloads. Raises UserError."""
     if data == "toy":
         return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
     folder = Path(data)
@@ -568,22 +573,20 @@ def read_image(source, i):
         return image.convert("RGB"), label
 
 
-def read_or_next(source, i, complaints, left=100):
-    """Image i and its number; if it is broken, the next one that is not. A hundred in a row are too many."""
-    try:
-        return read_image(source, i)[0], i
-    except UserError as error:
-        complaints.append(str(error))
-        if left == 1:
-            raise
-        return read_or_next(source, (i + 1) % len(source), complaints, left - 1)
+def read_or_next(source, i, complaints):
+    """Image i and its number; if it is broken, the next that is not. A hundred in a row are too many."""
+    for i in range(i, i + 100):
+        try:
+            return read_image(source, i % len(source))[0], i % len(source)
+        except UserError as error:
+            complaints.append(str(error))
+    raise UserError(complaints[-1])
 
 
 @dataclass
 class TrainingCrops:
-    """Random crops, indexed by the step: dataset[step] is this rank's part of that step's global batch.
-    Returns crops uint8 (crops, B, 3, size, size), the images' numbers in the source (B,), and complaints
-    about unreadable files, in whose place the next image stands."""
+    """Random crops: dataset[step] is this rank's part of that step's global batch, uint8 (crops, B, 3, size,
+    size), with the images' numbers in the source (B,), and complaints about unreadable files."""
 
     source: object
     images: torch.Tensor  # the numbers of those to train on
@@ -703,6 +706,7 @@ PRESETS = dict(
                  batch_size=512, lr=5e-4, m0=0.99, min_crop=0.2),
     imagenet=dict(),
 )  # fmt: skip
+PRESETS["cifar100"] = PRESETS["cifar10"]
 
 
 def between(kind, low, high=10**9):
@@ -780,8 +784,7 @@ def parse_config(argv=None):
         parser.add_argument("--" + field.name.replace("_", "-"), help=argparse.SUPPRESS, **field.type)
     given = vars(parser.parse_args(argv))
     data = given.get("data", "toy")
-    preset = data if data in PRESETS else "cifar10" if data == "cifar100" else "imagenet"
-    preset = given.setdefault("preset", preset)
+    preset = given.setdefault("preset", data if data in PRESETS else "imagenet")
     given.setdefault("bf16", given.get("device", Config.device) == "cuda")
     config = Config(**PRESETS[preset] | given)
     if preset == "imagenet" and config.framework == "simclr" and "lr" not in given:
@@ -802,6 +805,7 @@ def build_backbone(**architecture):
 def build_model(config):
     """SDSSL around the backbone; with a peer, DoGo around two. UserError if settings do not fit."""
     models = []
+    torch.manual_seed(config.seed)  # alike on all ranks
     with user_error("these settings do not go together"):
         for arch in (config.arch, config.peer):
             if arch == "none":
@@ -811,7 +815,6 @@ def build_model(config):
                 settings["patch_size"] = config.patch_size
             if config.depth:
                 settings["depth"] = config.depth
-            torch.manual_seed(seeded("weights", config.seed, len(models)).initial_seed())  # on all ranks
             models.append(SDSSL(
                 build_backbone(**settings), config.framework, config.distill, config.hidden_dim,
                 config.out_dim, config.tau, config.beta, config.every, config.mid_layers))  # fmt: skip
@@ -825,9 +828,9 @@ def load_checkpoint(path):
 
 
 def load_backbone(path, which="teacher", depth=None):
-    """A trained backbone in eval mode, rebuilt from the checkpoint alone; every weight must fit. which:
-    "teacher" (SimCLR's only network, too), "student", or "peer". depth: of a ViT, the first so many blocks
-    only, with the final norm: its outputs are layers 1 to `depth`. Raises UserError for what is not there."""
+    """A trained backbone in eval mode, from the checkpoint alone. which: "teacher" (SimCLR's only network,
+    too), "student", or "peer". depth: of a ViT, the first so many blocks only, with the final norm: its
+    outputs are layers 1 to `depth`. Raises UserError for what is not there."""
     checkpoint = load_checkpoint(path)
     with user_error(f"{path} holds no {which} of depth {depth or 'any'}"):
         network = checkpoint["networks"][which]
@@ -845,7 +848,7 @@ def learning_rate(step, total, warmup, peak):
     """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
     if step < warmup:
         return peak * min(1, (step + 1) / warmup)
-    return cosine(peak, 0, (step - warmup) / max(1, total - warmup))
+    return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
 def parameter_groups(model, weight_decay):
@@ -893,12 +896,10 @@ def find_checkpoint(folder, learned):
 
 
 def save_views(path, dataset):
-    """A picture of what the network sees: in each column an image, its view 1 and its view 2."""
-    crops, numbers, _ = dataset[0]
-    views = [augment(x[:12] / 255, **VIEWS[i], generator=seeded("picture", i)) for i, x in enumerate(crops)]
-    whole = CentreCrops(dataset.source, dataset.size)
-    images = [whole[i][0] / 255 for i in numbers[:12].tolist()]
-    torchvision.utils.save_image(torch.cat([torch.stack(images), *views]), path, nrow=len(images))
+    """A picture of what the network sees: in each column two views of an image."""
+    crops = dataset[0][0][:, :12] / 255
+    views = [augment(x, **VIEWS[i], generator=seeded("picture", i)) for i, x in enumerate(crops)]
+    torchvision.utils.save_image(torch.cat(views), path, nrow=crops.shape[1])
 
 
 def show_tables(log):
@@ -924,6 +925,8 @@ def train(config):
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
     if config.knn_every and (Path(config.data, "val").is_dir() or not is_folder):
         parts = [CentreCrops(open_dataset(config.data, part), config.img_size) for part in ("train", "val")]
+        if len({str(getattr(part.source, "classes", "")) for part in parts}) > 1:
+            raise UserError("train/ and val/ have other classes: mend that, or --knn-every 0")
     numbers = torch.arange(len(source))
     dataset = TrainingCrops(source, numbers, config.batch_size, config.img_size, config.min_crop, config.seed)
     steps_per_epoch = dataset.steps_per_epoch
@@ -974,8 +977,7 @@ def train(config):
         ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     loader = DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=config.workers,
                         pin_memory=device.type == "cuda")  # fmt: skip
-    bar = tqdm(total=last * config.batch_size, initial=first * config.batch_size, unit="img",
-               disable=not chief)  # fmt: skip
+    bar = tqdm(total=last, initial=first, unit="img", unit_scale=config.batch_size, disable=not chief)
     batches, named, clock, waited, logged = iter(loader), set(), time.perf_counter(), 0.0, first
     for step in range(first, last):
         start = time.perf_counter()
@@ -999,14 +1001,13 @@ def train(config):
         terms["loss"].backward()
         optimizer.step()
         model.update_teacher(m)
-        bar.update(config.batch_size)
+        bar.update()
         done = step + 1
         save = done == last or done % steps_per_epoch == 0
         save = save or config.save_every and done % config.save_every == 0
         if save or done % config.log_every == 0:  # only here the host waits for the device
-            values = gather(torch.stack([term.detach().float() for term in terms.values()])).mean(0).tolist()
-            terms = dict(zip(terms, values))
-            if not all(map(math.isfinite, values)):
+            terms = dict(zip(terms, gather(torch.stack([*terms.values()])).mean(0).tolist()))
+            if not all(map(math.isfinite, terms.values())):
                 raise UserError(f"step {done} is not finite: {terms}; a smaller --lr may help")
             seconds = time.perf_counter() - clock
             write_log(step=done, epoch=done / steps_per_epoch, lr=lr, alpha=alpha, m=m, **terms,
@@ -1033,8 +1034,7 @@ def run_or_explain(program, run):
         tqdm.write(f"{program}: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        tqdm.write(f"{program}: interrupted; the same command goes on from its checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # as shells expect; the same command goes on
     if world_size() > 1:
         dist.barrier()  # nobody leaves while others are still talking
         if torch.cuda.is_initialized():  # NCCL wants it; gloo, torn down by hand, at times hangs (torch 2.5)

