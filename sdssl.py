@@ -32,7 +32,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -510,9 +510,8 @@ def user_error(what):
 
 
 def draw_glyphs(n, seed):
-    """The toy set, n times (PIL image of 32 pixels, class): grey flowers of random place, size, turn and
-    brightness on noisy ground, the same for everyone. The class is the number of petals, 0 to 4, and whether
-    there is a hole. With colours or textures, instance discrimination would never look at the shape."""
+    """The toy set, n times (PIL image of 32 pixels, class): grey flowers. The class is the number of petals,
+    0 to 4, and whether there is a hole. With colours, instance discrimination would not look at shapes."""
     g = seeded("glyphs", seed)
 
     def u(low, high):
@@ -871,7 +870,7 @@ def set_up(device):
             torch.cuda.set_device(local_rank)
         torch.backends.cuda.enable_cudnn_sdp(False)  # errs in several releases (pytorch 138529, 169849)
     if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
     return torch.device(device)
 
 
@@ -904,7 +903,7 @@ def save_views(path, dataset):
 
 def show_tables(log):
     """Rank 0 prints every network's newest k-NN table in log.jsonl, beside the first, the untrained one's."""
-    if rank() > 0:
+    if rank():
         return
     records = [json.loads(line) for line in log.read_text().splitlines() if '"knn"' in line]
     for network in dict.fromkeys(record["network"] for record in records):
@@ -945,7 +944,8 @@ def train(config):
     if len(gather(torch.tensor(first)).unique()) > 1:
         raise UserError(f"not all ranks see the same checkpoint: {folder} must lie where all nodes see it")
     if chief:
-        print(f"{config}\n{folder}: step {first} to {last} of {total}, {device.type} x {world_size()}")
+        own = [f"{name} {value}" for name, value in learned.items() if value != getattr(Learned, name, None)]
+        print(f"{folder}: step {first} to {last} of {total}, {device.type} x {world_size()}", *own, sep=", ")
     if first >= last:
         return show_tables(folder / "log.jsonl")
     with user_error(f"argument --out: cannot write into {folder}"):
@@ -972,24 +972,22 @@ def train(config):
     for module in model.modules():
         if config.compile and isinstance(module, Block):
             module.compile()
-    ddp = model
-    if world_size() > 1:
-        ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    ddp = model if world_size() == 1 else nn.parallel.DistributedDataParallel(
+        model, gradient_as_bucket_view=True)  # fmt: skip
     loader = DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=config.workers,
                         pin_memory=device.type == "cuda")  # fmt: skip
     bar = tqdm(total=last, initial=first, unit="img", unit_scale=config.batch_size, disable=not chief)
-    batches, named, clock, waited, logged = iter(loader), set(), time.perf_counter(), 0.0, first
+    batches, name_once = iter(loader), cache(tqdm.write)
+    clock, waited, logged = time.perf_counter(), 0.0, first
     for step in range(first, last):
         start = time.perf_counter()
         crops, _, complaints = next(batches)
         waited += time.perf_counter() - start
-        for complaint in set(complaints) - named:
-            tqdm.write(f"{complaint}: the next image takes its place")
-            named.add(complaint)
+        for complaint in complaints:
+            name_once(f"{complaint}: the next image takes its place")
         lr = learning_rate(step, total, config.warmup * total, config.lr * config.batch_size / 256)
         # section 4.5: what the last layer knows is worth following only once it has learned something
         alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
-        m = cosine(config.m0, 1, step / total)
         for group in optimizer.param_groups:
             group["lr"] = lr
         crops = crops.to(device, non_blocking=True) / 255  # (2, B, 3, H, W)
@@ -1000,7 +998,7 @@ def train(config):
         optimizer.zero_grad()
         terms["loss"].backward()
         optimizer.step()
-        model.update_teacher(m)
+        model.update_teacher(cosine(config.m0, 1, step / total))
         bar.update()
         done = step + 1
         save = done == last or done % steps_per_epoch == 0
@@ -1010,10 +1008,9 @@ def train(config):
             if not all(map(math.isfinite, terms.values())):
                 raise UserError(f"step {done} is not finite: {terms}; a smaller --lr may help")
             seconds = time.perf_counter() - clock
-            write_log(step=done, epoch=done / steps_per_epoch, lr=lr, alpha=alpha, m=m, **terms,
-                      images_per_s=(done - logged) * config.batch_size / seconds, data_wait=waited / seconds,
-                      peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30)  # fmt: skip
-            bar.set_postfix(loss=f"{terms['loss']:.3f}")
+            write_log(step=done, epoch=done / steps_per_epoch, lr=lr, alpha=alpha, **terms,
+                      images_per_s=(done - logged) * config.batch_size / seconds, data_wait=waited / seconds)
+            bar.set_postfix(loss=terms["loss"])
             if done == last or parts and done % (config.knn_every * steps_per_epoch) == 0:
                 knn_tables(done)
             if save and chief:
@@ -1024,6 +1021,8 @@ def train(config):
                                   log=(folder / "log.jsonl").read_text())  # fmt: skip
                 write_whole(folder / "last.pt", partial(torch.save, checkpoint))
             clock, waited, logged = time.perf_counter(), 0.0, done
+    if chief:
+        print(f"Pictures, log, networks: {folder}. Next: python eval_linear.py {folder}/last.pt --cached")
 
 
 def run_or_explain(program, run):

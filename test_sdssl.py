@@ -96,9 +96,8 @@ def test_what_cannot_be_built_is_refused():
     for wrong in ((30, 8, 16, 1, 4), (32, 8, 16, 1, 5), (32, 8, 18, 1, 2)):
         with pytest.raises(ValueError, match="divisible"):
             VisionTransformer(*wrong)
-    for wrong in (("dino", True), ("byol", True, 8, 8, 0.2, 1, 3), ("byol", True, 8, 8, 0.2, 1, 0)):
-        with pytest.raises(ValueError, match="must be one of|every 1st to 2-th"):
-            sdssl.SDSSL(tiny_vit(), *wrong)
+    with pytest.raises(ValueError, match="must be one of simclr, byol, mocov3"):
+        sdssl.SDSSL(tiny_vit(), "dino")
 
 
 @pytest.mark.parametrize("name, size", [("resnet18", 64), ("resnet50", 72)])
@@ -164,9 +163,6 @@ def test_nt_xent_contrasts_with_both_views_of_all_other_images():
         keys = [z[1 - v, i], *(z[w, j] for w in range(2) for j in range(5) if j != i)]  # 2 N - 2 negatives
         total[k] += naive_contrastive(q[k, v, i], keys, 0, 0.3) / 5
     assert_close(sdssl.nt_xent(q, z, 0.3), total)
-    same = torch.ones(2, 5, 4)  # indistinguishable images cost the logarithm of the number of keys
-    assert float(sdssl.nt_xent(same, same, 0.3)) == pytest.approx(2 * 0.6 * math.log(9), rel=1e-5)
-    assert float(sdssl.ctr(same, same, 0.3)[0]) == pytest.approx(0.6 * math.log(5), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", [sdssl.ctr, sdssl.byol_loss, sdssl.nt_xent, sdssl.mutual_kl])
@@ -336,22 +332,13 @@ def test_distill_on_the_go_is_two_models_and_the_divergence_of_their_similarity_
     (x1, x2), both = batch(), sdssl.DoGo(model, peer, mutual=0.3)
     terms, x = both(x1, x2, 0.5), torch.cat([x1, x2])
     h, peer_h = (m.project(m.backbone(x))[0] for m in (model, peer))
-
-    def naive_kl(own, other):
-        total = 0.0
-        for i in range(6):
-            a, b = ((F.cosine_similarity(v[0, i], v[1], dim=-1) / 0.1).softmax(0) for v in (own, other))
-            total += float((b * (b / a).log()).sum().detach()) / 6
-        return total
-
-    assert sdssl.mutual_kl(h, peer_h).item() == pytest.approx(naive_kl(h, peer_h), rel=1e-4)
-    kl = naive_kl(h, peer_h) + naive_kl(peer_h, h)
-    losses = [m(x1, x2, 0.5)["loss"].item() for m in (model, peer)]
-    assert terms["loss"].item() == pytest.approx(sum(losses) + 0.3 * kl, rel=1e-4)
-    both.h.clear()
+    rows = [(F.cosine_similarity(v1[:, None], v2, dim=-1) / 0.1).softmax(1) for v1, v2 in (h, peer_h)]
+    kl, back = ((b * (b / a).log()).sum() / 6 for a, b in (rows, rows[::-1]))
+    assert_close(sdssl.mutual_kl(h, peer_h), kl)
+    losses = [m(x1, x2, 0.5)["loss"] for m in (model, peer)]
+    assert_close(terms["loss"], sum(losses) + 0.3 * (kl + back))
     ours, theirs = torch.autograd.grad(sdssl.mutual_kl(h, peer_h), [h, peer_h], allow_unused=True)
     assert ours.abs().max() > 0 and theirs is None  # the peer teaches, and does not learn
-    assert both.networks == dict(teacher=model.teacher, student=model.backbone, peer=peer.teacher)
 
 
 class Counter(TorchDispatchMode):
@@ -377,6 +364,28 @@ def test_a_step_of_twelve_layers_dispatches_few_operations_and_never_waits(frame
             model.update_teacher(0.9)
             optimizer.zero_grad()
     assert 300 < counter.count <= 1100
+
+
+def test_under_adam_the_predictor_loss_matters_only_while_alpha_changes(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # everything in float64
+    views = torch.randn(20, 2, 6, 3, 16, 16, generator=seeded("steps"), dtype=torch.double)
+
+    def losses(alpha, beta, distill=True):
+        model, found = tiny("mocov3", distill, beta=beta).double(), []
+        optimizer = torch.optim.AdamW(sdssl.parameter_groups(model, 0.1), lr=1e-3, eps=1e-30)
+        for step, (x1, x2) in enumerate(views):
+            terms = model(x1, x2, alpha(step))
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            optimizer.step()
+            found.append(terms["ssl"])
+        return torch.stack(found)
+
+    constant, zero, annealed = (lambda step: 0.5), (lambda step: 0.0), (lambda step: step / 20)
+    same = dict(rtol=1e-9, atol=0)  # 20 steps of Adam make 3e-13 of rounding
+    assert_close(losses(constant, beta=1.0), losses(constant, beta=0.0), **same)
+    assert_close(losses(zero, beta=1.0), losses(zero, beta=0.0, distill=False), **same)  # the baseline
+    assert (losses(annealed, beta=1.0) - losses(annealed, beta=0.0)).abs().max() > 0.1
 
 
 # ---- 5. Views ----
@@ -457,21 +466,6 @@ def test_orders_and_crops_follow_from_seed_epoch_step_image_and_view_whoever_rea
     assert len(orders.unique(dim=0)) == 4 and (orders.sort().values == torch.arange(24)).all()
 
 
-def test_the_ranks_parts_are_the_batch_of_one_process(monkeypatch):
-    def step(x):
-        crops, numbers, _ = training(SAME)[5]
-        return crops.transpose(0, 1), numbers, sdssl.augment(x, 0.1, 0.2, seeded(7))
-
-    x, parts = images(6), []
-    whole = step(x)
-    monkeypatch.setattr(sdssl, "world_size", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(sdssl, "rank", lambda rank=rank: rank)
-        parts.append(step(x[2 * rank :][:2]))
-    for expected, *found in zip(whole, *parts):
-        assert_close(torch.cat(found), expected)
-
-
 def test_broken_images_are_replaced_by_the_next_readable_one_and_named_but_not_a_hundred_in_a_row(tmp_path):
     SAME[0][0].save(tmp_path / "0.png")
     (tmp_path / "1.png").write_bytes((tmp_path / "0.png").read_bytes()[:-1000])
@@ -480,7 +474,6 @@ def test_broken_images_are_replaced_by_the_next_readable_one_and_named_but_not_a
     assert not numbers.any() and "1.png" in complaint
     with pytest.raises(UserError, match="1.png"):
         CentreCrops(source, 16)[1]
-    assert (training([broken, SAME[0]] * 101, 202, 202)[0][1] % 2 == 1).all()  # not in a row
     _, numbers, complaints = training([broken] * 99 + SAME, 1, 1)[0]
     assert numbers == 99 == len(complaints)
     with pytest.raises(UserError, match="image 99"):
@@ -626,8 +619,11 @@ def test_optimiser_gets_every_learning_parameter_once_and_decays_matrices_only()
     assert decayed == [n for n in names.values() if re.search(r"(qkv|attn\.proj|fc[12])\.weight$|weights", n)]
 
 
-def test_functions_and_classes_have_docstrings():
-    assert all(thing.__doc__ for thing in vars(sdssl).values() if getattr(thing, "__module__", "") == "sdssl")
+def test_the_snippets_of_readme_run(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "run", tmp_path / "runs/toy-sd-simclr-seed0")
+    monkeypatch.chdir(tmp_path)
+    for snippet in re.findall("(?s)```python\n(.*?)```", (HERE / "README.md").read_text()):
+        exec(snippet, {})
 
 
 # ---- 9. Training: ranks, and going on ----
@@ -755,8 +751,8 @@ def test_a_folder_is_a_run(tmp_path, capsys, monkeypatch):
         for part in ("train", "val"):
             (data / part / str(label)).mkdir(parents=True, exist_ok=True)
             image.save(data / part / str(label) / f"{i}.png")
-    flags = [*RUN, *"--preset toy --knn-every 1 --max-steps 3 --epochs 4 --out".split(), str(out)]
-    sdssl.main([*flags, "--data", str(data)])
+    flags = [*RUN, *"--preset toy --knn-every 1 --max-steps 3 --epochs 4 --out".split()]
+    sdssl.main([*flags, str(out), "--data", str(data)])
     first = capsys.readouterr().out
     tables = [r["knn"] for r in log_of(out) if "knn" in r]
     assert [r["step"] for r in log_of(out)] == [0, 1, 2, 2, 3, 3]  # a table first, after an epoch, at the end
@@ -768,15 +764,17 @@ def test_a_folder_is_a_run(tmp_path, capsys, monkeypatch):
     assert json.loads((out / "config.json").read_text()) == saved(out)["config"]
     before = contents(out)
     moved = data.rename(tmp_path / "moved")
-    sdssl.main([*flags, "--data", str(moved)])  # finished: the table once more, and nothing is written
+    sdssl.main([*flags, str(out), "--data", str(moved)])  # finished: its table again, and nothing is written
     again = capsys.readouterr().out
-    assert first[first.rindex("layer") :].split() == again[again.rindex("layer") :].split()
-    error = complaint(capsys, *flags, "--data", moved, "--lr", "0.5", "--tau", "0.3")
+    assert again[again.rindex("layer") :].strip() in first
+    error = complaint(capsys, *flags, out, "--data", moved, "--lr", "0.5", "--tau", "0.3")
     assert "lr 0.001" in error and "tau 0.2" in error and "--out" in error
-    assert "images 100 of a folder" in complaint(capsys, *flags)  # the toy set
+    assert "images 100 of a folder" in complaint(capsys, *flags, out)  # the toy set
     (moved / "train/0/0.png").unlink()
-    assert "images 100 of a folder" in complaint(capsys, *flags, "--data", moved)
+    assert "images 100 of a folder" in complaint(capsys, *flags, out, "--data", moved)
     assert contents(out) == before
+    (moved / "val/0").rename(moved / "val/x")
+    assert "other classes" in complaint(capsys, *flags, tmp_path / "new", "--data", moved)
     monkeypatch.setattr(sdssl, "gather", lambda x: torch.stack([x, x + 1]))
     assert "must lie where all nodes see it" in complaint(capsys, *RUN, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
@@ -821,7 +819,6 @@ def test_a_malicious_or_broken_checkpoint_runs_nothing(tmp_path):
 SWITCHES = {  # flags: what they change in the first step, and how
     "--no-anneal --alpha 0.5": lambda r: r["loss"] == pytest.approx(r["ssl"] + 0.5 * r["isd"]),
     "--framework mocov3 --every 5": lambda r: r["pred"] == pytest.approx(r["ssl"] + r["isd"]),  # two layers
-    "--framework byol --m0 0.5": lambda r: r["m"] == 0.5,
     "--arch resnet18 --img-size 16 --batch-size 8": lambda r: r["isd"] > 0,
     "--bf16": lambda r: r["ssl"] == pytest.approx(0.8 * math.log(95), rel=0.2),
 }
