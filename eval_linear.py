@@ -9,8 +9,7 @@ MoCo v3's protocol: SGD with momentum 0.9, no weight decay, 90 epochs, half a co
 rate 3 per 256 images; crops, as small as in pretraining, and flips. Beside that rate smaller ones train
 (--lrs), and each layer reports the one that is best on a tenth of the training images from which no probe
 learns; validation images choose nothing. Features are standardised with that tenth's mean and deviation: the
-classifier stays linear, and SGD does not depend on how far a layer's [CLS] spreads. With --cached the
-features are those of centre crops, computed once.
+classifier stays linear, and SGD does not depend on a layer's spread. --cached takes centre crops, once.
 
 Fine-tuning trains everything, with a classifier on the last layer, on all training images: AdamW, weight
 decay 0.05, 5e-4 per 256 images after a warm-up of a twentieth, 0.75 times as much for each layer further
@@ -77,16 +76,18 @@ def finetuning_groups(backbone, probe, weight_decay=0.05, decay=0.75):
 
 
 def augmented(backbone, dataset, labels, steps, device, workers):
-    """Features, L x (B, D), and labels (B,) of this rank's share of each step's batch: a crop and a flip of
-    each image."""
+    """Features, L x (B, D), and labels (B,) of this rank's share of each step's batch, by a crop and a flip
+    of each image. Raises UserError if one is unreadable."""
     loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers)
-    for step, (crops, numbers, _) in zip(steps, loader):
+    for step, (crops, numbers, complaints) in zip(steps, loader):
+        if complaints:
+            raise sdssl.UserError(complaints[0])
         x = crops[0].to(device, non_blocking=True) / 255
         coins = torch.rand(dataset.batch_size, 1, 1, 1, generator=sdssl.seeded("flip", step))[dataset.mine]
-        x = torch.where(coins.to(device, non_blocking=True) < 0.5, TF.horizontal_flip(x), x)
+        x = torch.where(coins.to(device) < 0.5, TF.horizontal_flip(x), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             layers = backbone(sdssl.normalize_pixels(x))
-        yield layers, labels[numbers].to(device, non_blocking=True)
+        yield layers, labels[numbers].to(device)
 
 
 def cached(features, labels, batch_size, steps):
@@ -99,8 +100,7 @@ def cached(features, labels, batch_size, steps):
 
 
 def run(argv=None):
-    """Probe or fine-tune what the command line names. Raises sdssl.UserError for anything the user can
-    change."""
+    """Probe or fine-tune what the command line names. Raises UserError for anything the user can change."""
     parser = eval_knn.network_parser("eval_linear.py", __doc__)
     parser.add_argument("--cached", action="store_true")
     parser.add_argument("--finetune", action="store_true")

@@ -49,7 +49,7 @@ def complaint(capsys, *argv, main=sdssl.main):
     with pytest.raises(SystemExit, match="2"):
         main([*map(str, argv)])
     lines = re.split("[\r\n]+", capsys.readouterr().err)
-    [error] = [line for line in lines if "img/s" not in line and line.strip()]  # beside the bar
+    [error] = [line for line in lines if "%|" not in line and line.strip()]  # beside the bar
     return error
 
 
@@ -984,12 +984,14 @@ def test_two_ranks_evaluate_like_one(trained, tmp_path):
 def test_what_cannot_be_evaluated_is_one_line(trained, tmp_path, capsys):
     path = trained / "run/last.pt"
     shutil.copytree(trained / "train/0", tmp_path / "train/0")
+    broken = shutil.copytree(trained, tmp_path / "broken")
+    (broken / "train/0/100.png").write_text("of a training image")
     for main, argv, word in (
         (eval_knn.main, [path, "--data", tmp_path], "no val images"),
         (eval_knn.main, [path, "--lr", "1"], "--lr"),
         (eval_linear.main, [path, "--finetune", "--cached"], "--finetune"),
         (eval_linear.main, [path], "too few for --batch-size 1024"),
-        (eval_linear.main, [path, "--which", "peer"], "peer"),
+        (eval_linear.main, [path, "--data", broken, "--batch-size", "60", "--epochs", "1"], "0/100.png"),
     ):
         assert word in complaint(capsys, *argv, main=main)
 
