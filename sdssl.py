@@ -14,10 +14,10 @@ target, through a projector and (but for SimCLR) a predictor of its own. The who
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet # one server; many nodes: README.md
 
 Read from top to bottom, the method first: ViT -> heads -> losses -> objective -> views -> data -> k-NN
--> settings -> training. The method is section 4. Sections 1 to 4 use nothing below them: copy freely.
+-> settings -> training. Parts 1 to 4 need nothing below them: copy freely. "Section" means the paper's.
 
-B images in a batch, N tokens, D embedding width, L layers, E head output. The two views of the images are an
-axis of length 2: z (2, B, E) holds view 1's targets in z[0], view 2's in z[1], and z.flip(0) crosses them.
+B images in this rank's batch, N tokens, D embedding width, L layers, E head output. The two views are an axis
+of length 2: z (2, B, E) holds view 1's targets in z[0], view 2's in z[1], and z.flip(0) crosses them.
 """
 import argparse
 import contextlib
@@ -158,8 +158,8 @@ def world_size():
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather with gradients. Every rank's loss depends on our x: backward sums their gradients, and DDP
-    averages over ranks. That is one process's gradient on the joined batch; our own loss's alone is not."""
+    """all_gather with gradients. Every rank's loss depends on our x, so backward sums all their gradients of
+    x, not only our own loss's. With DDP's mean over ranks that is one process's on the joined batch."""
 
     @staticmethod
     def forward(ctx, x):
@@ -222,32 +222,32 @@ def all_ranks(z):
 
 
 def similarity(q, keys, tau):
-    """Logits (..., B, N): cosine similarities of q (..., B, E) and keys (..., N, E), over tau; in float32,
+    """Logits (..., B, M): cosine similarities of q (..., B, E) and keys (..., M, E), over tau; in float32,
     for in half precision a softmax at tau 0.2 loses the small differences it is about."""
     with torch.autocast(q.device.type, enabled=False):
         return F.normalize(q.float(), dim=-1) / tau @ F.normalize(keys.float(), dim=-1).mT
 
 
 def own_images(logits):
-    """A view of logits (..., B, ranks * B): where each anchor of this rank meets its own image, (..., B)."""
+    """Where in logits (..., B, ranks * B) each anchor meets its own image: (..., B), not a copy."""
     return logits.diagonal(rank() * logits.shape[-2], -2, -1)
 
 
 def ctr(q, z, tau=0.2):
     """Contrastive loss, Eq. 2 as in Algorithm 1: 2 tau * cross entropy of <q, z> / tau, mean over images.
-    Anchors q and their keys z, both (..., B, E) -> (...). Negatives are other images' keys, on all ranks."""
+    Anchors q and keys z (..., B, E), broadcast -> (...). Negatives are other images' keys, on all ranks."""
     logits = similarity(q, all_ranks(z), tau)  # (..., B, ranks * B)
     return 2 * tau * (logits.logsumexp(-1) - own_images(logits)).mean(-1)
 
 
 def byol_loss(q, z):
-    """Eq. 1: 2 - 2 cos(q, z), mean over images. q and z: (..., B, E) -> (...)."""
+    """Eq. 1: 2 - 2 cos(q, z), mean over images. q and z (..., B, E), broadcast -> (...)."""
     return 2 - 2 * F.cosine_similarity(q.float(), z.float(), dim=-1).mean(-1)
 
 
 def nt_xent(q, z, tau=0.2):
     """SimCLR's loss, 2 tau * cross entropy with anchors q (..., 2, B, E) and keys z (2, B, E), both
-    directions summed -> (...). Negatives are both views of all other images on all ranks, 2 N - 2 of them; an
+    directions summed -> (...). Negatives are both views of all other images, 2 (ranks * B) - 2 of them; an
     anchor never meets its own image's key of the same view. nt_xent(z, z) is plain SimCLR."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     # across: anchors of view 1 with keys of view 2, and back; within: with their own view's keys
@@ -264,11 +264,10 @@ FRAMEWORKS = ("simclr", "byol", "mocov3")
 
 class SDSSL(nn.Module):
     """Self-distilled SimCLR, BYOL or MoCo v3 around a backbone; distill=False is the plain framework.
-    backbone: a module with `widths`, one per layer and none above the last, whose forward returns the layers'
+    backbone: a module with `widths`, one per layer, none larger than the last, whose forward returns layers'
     representations. hidden_dim: of the last projector and all predictors, half of it in the other projectors.
-    out_dim: E. tau: temperature. beta: weight of the predictor loss. For Table 6: every: distil each `every`-
-    th layer only, counted from the last; mid_layers: of the intermediate projectors, 2 or 3. Raises
-    ValueError for what cannot be built."""
+    out_dim: E. tau: temperature. beta: weight of the predictor loss. For Table 6: every: distil only each
+    so-many-th layer; mid_layers: of the intermediate projectors, 2 or 3. ValueError for what cannot be."""
 
     def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256, tau=0.2,
                  beta=1.0, every=1, mid_layers=3):  # fmt: skip
@@ -304,17 +303,18 @@ class SDSSL(nn.Module):
         return backbone(x)
 
     def each_layer(self, last, mid, x):
-        """x (L, 2, B, ...), L chosen layers from here on: the last through its head, the others theirs."""
+        """x (C, 2, B, ...), C chosen layers: the last through its own head, the others through theirs."""
         return torch.cat([mid(x[:-1]), last(x[-1:])]) if self.distill else last(x)
 
     def project(self, layers):
-        """h: L x (2B, D) -> (L, 2, B, E), of `every` n-th layer; (1, 2, B, E) without distillation."""
-        width = layers[-1].shape[-1]  # a ResNet's stages differ in width
-        layers = [F.pad(layers[i], (0, width - layers[i].shape[-1])) for i in self.chosen]
+        """h: L x (2B, D) -> (C, 2, B, E), C chosen layers: all, every n-th, or without distillation the last.
+        Zeros make a ResNet's narrower stages as wide as the last: one stack of weights serves all."""
+        width = layers[-1].shape[1]
+        layers = [F.pad(layers[i], (0, width - layers[i].shape[1])) for i in self.chosen]
         return self.each_layer(self.projector, self.mid_projectors, torch.stack(layers).unflatten(1, (2, -1)))
 
     def predict(self, h):
-        """q: (L, 2, B, E) -> (L, 2, B, E), every layer by a predictor of its own. SimCLR has none: q is h."""
+        """q: (C, 2, B, E) -> (C, 2, B, E), every layer by a predictor of its own. SimCLR has none: q is h."""
         return h if self.framework == "simclr" else self.each_layer(self.predictor, self.mid_predictors, h)
 
     @torch.no_grad()
@@ -324,7 +324,8 @@ class SDSSL(nn.Module):
         return self.teacher_projector(last[None])[0]
 
     def L_ssl(self, q, z):
-        """Eqs. 1, 2, from each view of q (L, 2, B, E) to the other of z (2, B, E), both summed -> (L,)."""
+        """The framework's loss (Eq. 1, Eq. 2, or SimCLR's), from each view of q (C, 2, B, E) to the other of
+        z (2, B, E), both summed -> (C,)."""
         if self.framework == "simclr":
             return nt_xent(q, z, self.tau)
         if self.framework == "byol":
@@ -333,24 +334,24 @@ class SDSSL(nn.Module):
 
     def forward(self, x1, x2, alpha=1.0):
         """Algorithm 1. Two views (B, 3, H, W) -> dict of scalars: `loss`, its terms `ssl`, `isd`, `pred`
-        without gradient, and `spread`: how far final representations of all ranks' images are from their mean
-        on the unit sphere; 1: they fill it evenly, 0: they are one point (collapse)."""
+        before their weights, without gradient, and `spread`: how far all ranks' final representations, on the
+        unit sphere, are from their mean; 1: the mean is 0; 0: they are one point (collapse)."""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
-        h = self.project(layers)  # (L, 2, B, E)
-        q = self.predict(h)  # (L, 2, B, E)
+        h = self.project(layers)  # (C, 2, B, E)
+        q = self.predict(h)  # (C, 2, B, E)
         z = h[-1] if self.framework == "simclr" else self.target(x)  # (2, B, E)
 
-        loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1, 2
+        loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1, 2, or SimCLR's
         loss_isd = loss_pred = torch.zeros_like(loss_ssl)
-        if self.distill:  # sg(z): the lower layers learn from the last, never the last from them
+        if self.distill:  # sg(z), for SimCLR's sake: the others learn from the last layer, never it from them
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
-            if self.framework != "simclr":  # sg(h): only predictors learn, to keep up with what moves below
+            if self.framework != "simclr":  # sg(h): only predictors learn, also while alpha is near 0
                 loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
-        centre = gather(F.normalize(layers[-1].detach().float(), dim=-1).mean(0)).mean(0)
-        spread = (1 - centre @ centre).clamp(min=0).sqrt()
+        centre = gather(F.normalize(layers[-1].detach().float()).mean(0)).mean(0)
+        spread = (1 - centre.norm() ** 2).clamp(min=0).sqrt()
         return dict(loss=loss, ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach(),
                     spread=spread)  # fmt: skip
 
@@ -536,7 +537,7 @@ class Unlabelled(torchvision.datasets.ImageFolder):
 
 
 def open_dataset(data, part="pretrain"):
-    """The part "pretrain" (without labels), "train" or "val" of `data`: "toy", torchvision.datasets' classes
+    """The part "pretrain" (labels unused), "train" or "val" of `data`: "toy", torchvision.datasets' classes
     in small letters, or a folder. Called on all ranks alike: one of a node downloads. Raises UserError."""
     if data == "toy":
         return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
@@ -725,7 +726,7 @@ switch = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
 
 
 @dataclass
-class Learned:  # What is learned follows from these and the images. name: what argparse needs = default
+class Learned:  # Annotations are argparse's options. What is learned follows from these and the images
     framework: dict(choices=FRAMEWORKS) = "simclr"  # the SSL framework that is self-distilled
     distill: switch = True  # self-distillation; without it, the plain framework
     alpha: weight = 1.0  # of the intermediate self-distillation, at the end of training
@@ -951,7 +952,7 @@ def train(config):
     with user_error(f"argument --out: cannot write into {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         log_file = open(folder / "log.jsonl" if chief else os.devnull, "w", buffering=1)  # line by line
-        log_file.write(log)
+        log_file.write(log)  # as far as the checkpoint
     if chief:
         (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
         save_views(folder / "views.png", dataset)
