@@ -2,7 +2,7 @@
 """SDSSL in one file: Self-Distilled Self-supervised Representation Learning (Jang et al., WACV 2023).
 
 While a ViT learns by SimCLR, BYOL or MoCo v3, every intermediate layer also learns from the final layer's
-target, through a projector and (but for SimCLR) a predictor of its own. The whole idea is
+target z_L, by a projection h_l and (but for SimCLR) a prediction q_l = pred_l(h_l). The whole idea is
 
     loss = L_ssl(q_L, z_L)                               the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))        intermediate self-distillation, Eq. 3
@@ -197,7 +197,7 @@ class Heads(nn.Module):
 
     def __init__(self, num_heads, widths, last_bn=True):
         super().__init__()
-        shapes = zip(widths[1:], widths)  # below, drawn as nn.Linear does
+        shapes = zip(widths[1:], widths)  # below, in +- 1 / sqrt(in), as nn.Linear draws
         self.weights = nn.ParameterList((2 * torch.rand(num_heads, o, i) - 1) / i**0.5 for o, i in shapes)
         self.scales = nn.ParameterList(torch.ones(num_heads, width, 1, 1) for width in widths[1:-1])
         self.shifts = nn.ParameterList(torch.zeros(num_heads, width, 1, 1) for width in widths[1:-1])
@@ -307,19 +307,19 @@ class SDSSL(nn.Module):
         return torch.cat([mid(x[:-1]), last(x[-1:])]) if self.distill else last(x)
 
     def project(self, layers):
-        """h: L x (2B, D) -> (C, 2, B, E), C chosen layers: all, every n-th, or without distillation the last.
+        """L x (2B, D) -> h (C, 2, B, E), C chosen layers: all, every n-th, or without distillation the last.
         Zeros make a ResNet's narrower stages as wide as the last: one stack of weights serves all."""
         width = layers[-1].shape[1]
         layers = [F.pad(layers[i], (0, width - layers[i].shape[1])) for i in self.chosen]
         return self.each_layer(self.projector, self.mid_projectors, torch.stack(layers).unflatten(1, (2, -1)))
 
     def predict(self, h):
-        """q: (C, 2, B, E) -> (C, 2, B, E), every layer by a predictor of its own. SimCLR has none: q is h."""
+        """h (C, 2, B, E) -> q (C, 2, B, E), each layer by a predictor of its own; SimCLR has none: q is h."""
         return h if self.framework == "simclr" else self.each_layer(self.predictor, self.mid_predictors, h)
 
     @torch.no_grad()
     def target(self, x):
-        """z: both views x (2B, 3, H, W) -> (2, B, E), by the momentum teacher."""
+        """Both views x (2B, 3, H, W) -> z (2, B, E), by the momentum teacher."""
         last = self.represent(self.teacher, x)[-1].unflatten(0, (2, -1))
         return self.teacher_projector(last[None])[0]
 
@@ -344,7 +344,7 @@ class SDSSL(nn.Module):
 
         loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1, 2, or SimCLR's
         loss_isd = loss_pred = torch.zeros_like(loss_ssl)
-        if self.distill:  # sg(z), for SimCLR's sake: the others learn from the last layer, never it from them
+        if self.distill:  # sg(z), for SimCLR's sake: the others follow this target, which must not meet them
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
             if self.framework != "simclr":  # sg(h): only predictors learn, also while alpha is near 0
                 loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
@@ -383,7 +383,7 @@ class DoGo(nn.Module):
     def __init__(self, model, peer, mutual=1.0):
         super().__init__()
         self.model, self.peer, self.mutual, self.h = model, peer, mutual, []
-        for projector in (model.projector, peer.projector):  # what they put out is needed here too
+        for projector in (model.projector, peer.projector):  # run once a step, in this order: (1, 2, B, E)
             projector.register_forward_hook(lambda module, x, h: self.h.append(h[0]))
 
     def forward(self, x1, x2, alpha=1.0):
@@ -650,7 +650,7 @@ def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
 @torch.no_grad()
 def extract(backbone, dataset, device, workers=0, bf16=False):
     """Frozen representations of the n CentreCrops in `dataset`: every layer's, L x (M, D_l), on the CPU in
-    float16 (ImageNet x 12 layers must fit); classes (M,); n. Rank r of R has images r, r + R, ..., all M."""
+    float16 (ImageNet x 12 layers must fit); classes (M,); n. Ranks take turns, M each: some images twice."""
     backbone.eval()
     n, features, labels = len(dataset), [], []
     share = [i % n for i in range(rank(), n + -n % world_size(), world_size())]
@@ -914,7 +914,7 @@ def show_tables(log):
 
 
 def train(config):
-    """One run, from the first image to the table of all layers, in its folder; a checkpoint there goes on."""
+    """One run, from the first image to the last checkpoint, in its folder; a checkpoint there goes on."""
     device = set_up(config.device)
     source, is_folder, parts = open_dataset(config.data), Path(config.data).is_dir(), []
     if len(source) < config.batch_size:
@@ -945,8 +945,8 @@ def train(config):
     if len(gather(torch.tensor(first)).unique()) > 1:
         raise UserError(f"not all ranks see the same checkpoint: {folder} must lie where all nodes see it")
     if chief:
-        own = [f"{name} {value}" for name, value in learned.items() if value != getattr(Learned, name, None)]
-        print(f"{folder}: step {first} to {last} of {total}, {device.type} x {world_size()}", *own, sep=", ")
+        unlike = [f"{k} {value}" for k, value in learned.items() if value != getattr(Learned, k, "")]
+        print(f"{folder}: step {first} to {last} of {total}, {device} x {world_size()}", *unlike, sep=", ")
     if first >= last:
         return show_tables(folder / "log.jsonl")
     with user_error(f"argument --out: cannot write into {folder}"):
