@@ -4,7 +4,7 @@ retrieval, and the paper's analyses (section 4.4).
 
     python eval_knn.py runs/toy-sd-simclr-seed0/last.pt                        # on the data of its training
     python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --data cifar10         # on other data
-    python eval_knn.py SD/last.pt BASELINE/last.pt --retrieval --analysis      # side by side
+    python eval_knn.py PLAIN/last.pt SD/last.pt --retrieval --analysis         # side by side; bars: SD
     python eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR  # DINO, MoCo v3 or timm
     python eval_knn.py random --data toy                                       # untrained; sdssl.py's flags
     torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT                         # ranks share the images

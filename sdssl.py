@@ -550,7 +550,7 @@ def open_dataset(data, part="pretrain"):
         named = {name.lower(): c for name, c in vars(torchvision.datasets).items() if inspect.isclass(c)}
         takes = inspect.signature(named[data]).parameters if data in named else {}
         if not {"train", "split"} & takes.keys():
-            raise ValueError("toy, a class of torchvision.datasets with two parts, or a folder of images do")
+            raise ValueError("no such folder, nor a class of torchvision.datasets with two parts")
         which = dict(train=part != "val")
         if "split" in takes:  # STL10 has images for pretraining alone
             pretrain = "unlabeled" if data == "stl10" else takes["split"].default
@@ -684,7 +684,7 @@ def layer_table(title, columns):
     """Text: a line a layer; columns: name, one number a layer; a bar for the last one, in percent."""
     lines = [title, "layer" + "".join(f"{name:>12}" for name in columns)]
     for layer, row in enumerate(itertools.zip_longest(*columns.values()), 1):  # depths may differ
-        cells = ("" if value is None else f"{value:.3g}" for value in row)
+        cells = ("" if value is None else f"{value:#.3g}" for value in row)
         lines.append(f"{layer:5}" + "".join(f"{cell:>12}" for cell in cells))
         lines[-1] += f"  {'█' * round((row[-1] or 0) / 2)}"
     return "\n".join(lines)
@@ -1022,7 +1022,7 @@ def train(config):
                                   log=(folder / "log.jsonl").read_text())  # fmt: skip
                 write_whole(folder / "last.pt", partial(torch.save, checkpoint))
             clock, waited, logged = time.perf_counter(), 0.0, done
-    if chief:
+    if chief and parts:  # there are classes to tell apart
         print(f"Pictures, log, networks: {folder}. Next: python eval_linear.py {folder}/last.pt --cached")
 
 

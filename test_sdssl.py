@@ -585,8 +585,7 @@ def test_every_setting_is_read_and_in_the_help(capsys):
 
 @pytest.mark.parametrize("flags, word", {  # command line -> what the one line must say
     "--epoch 0": "unrecognized", "--distill false": "false", "--framework dino": "simclr",
-    "--tau nan": "--tau", "--lr inf": "--lr", "--alpha -1": "--alpha",
-    "--seed": "--seed", "--min-crop 0": "--min-crop",
+    "--tau nan": "--tau", "--alpha -1": "--alpha", "--min-crop 0": "--min-crop",
     "--mid-layers 4": "--mid-layers", "--every 6": "every", "--batch-size 63": "2 ranks",
     "--batch-size 5000": "4096", "--patch-size 7": "patch size 7", "--device cuda": "--device",
     "--arch resnet18 --depth 3": "depth", "--data nowhere": "nowhere", "--data fakedata": "fakedata",
@@ -731,8 +730,9 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
         while not steps + 6 < whole_lines():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
-        process.send_signal(kill)
-        process.communicate(timeout=60)
+        while process.poll() is None:  # Python may swallow an interrupt, in a destructor say
+            process.send_signal(kill)
+            time.sleep(3)
         assert process.returncode == code
         assert 0 < (steps := saved(tmp_path / "killed")["step"]) < 90
     with pytest.raises(UserError, match="no space"):  # nor does a full disk or a kill while writing hurt
