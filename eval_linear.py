@@ -146,8 +146,8 @@ def run(argv=None):
     chief, keep = sdssl.rank() == 0, args.checkpoint != "random"
     mode = "finetune" if args.finetune else "cached" if args.cached else "linear"
     path = Path(f"{args.checkpoint.removesuffix('.pt')}-{mode}-{Path(data).name}-{args.which}.pt")
-    settings = dict(data=data, num_heads=args.num_heads, step=step, epochs=args.epochs)
-    settings |= dict(batch_size=args.batch_size, lrs=rates)
+    settings = dict(data=data, num_heads=args.num_heads, step=step, epochs=args.epochs,
+                    batch_size=args.batch_size, lrs=rates)  # fmt: skip
     if keep and path.exists():
         state = sdssl.load_checkpoint(path)
         if state["settings"] != settings:

@@ -267,7 +267,7 @@ class SDSSL(nn.Module):
     backbone: a module with `widths`, one per layer, none larger than the last, whose forward returns layers'
     representations. hidden_dim: of the last projector and all predictors, half of it in the other projectors.
     out_dim: E. tau: temperature. beta: weight of the predictor loss. For Table 6: every: distil only each
-    so-many-th layer; mid_layers: of the intermediate projectors, 2 or 3. ValueError for what cannot be."""
+    so-many-th layer; mid_layers: of the intermediate projectors, 2 or 3. ValueError if none can be built."""
 
     def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256, tau=0.2,
                  beta=1.0, every=1, mid_layers=3):  # fmt: skip
@@ -598,7 +598,7 @@ class TrainingCrops:
 
     def __post_init__(self):
         self.steps_per_epoch, share = len(self.images) // self.batch_size, self.batch_size // world_size()
-        self.mine = slice(rank() * share, (rank() + 1) * share)  # kept, since workers have no process group
+        self.mine = slice(rank() * share, (rank() + 1) * share)  # kept: spawned workers have no process group
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.steps_per_epoch)
