@@ -183,7 +183,7 @@ def standardise(x):
     """BatchNorm without scale and shift, in float32: x (..., B) over the images of all ranks."""
     x = x.float()
     if world_size() == 1:
-        return F.layer_norm(x, x.shape[-1:])  # the same in one kernel, eps 1e-5 too
+        return F.layer_norm(x, x.shape[-1:])  # over B, the last axis: the same in one kernel
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     var, mean = gather(torch.stack([var, mean])).unbind(1)  # of every rank's images: (ranks, ..., 1)
     var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)  # ranks have equally many
@@ -278,7 +278,7 @@ class SDSSL(nn.Module):
         if distill and not 1 <= every < L:
             raise ValueError(f"of {L} layers, every 1st to {L - 1}-th can be distilled, not every {every}-th")
         self.framework, self.distill, self.tau, self.beta = framework, distill, tau, beta
-        self.chosen = [*range((L - 1) % every, L, every)] if distill else [L - 1]  # every 4th: 4th, 8th, 12th
+        self.chosen = [*range((L - 1) % every, L, every)] if distill else [L - 1]  # every=4 of 12: 3, 7, 11
         self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
         self.predictor = self.teacher = self.teacher_projector = None
         self.mid_projectors = self.mid_predictors = None
@@ -344,7 +344,7 @@ class SDSSL(nn.Module):
 
         loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1, 2, or SimCLR's
         loss_isd = loss_pred = torch.zeros_like(loss_ssl)
-        if self.distill:  # sg(z), for SimCLR's sake: the others follow this target, which must not meet them
+        if self.distill:  # sg(z): SimCLR's z is h[-1], which the other layers follow; it must not follow them
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
             if self.framework != "simclr":  # sg(h): only predictors learn, also while alpha is near 0
                 loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
@@ -383,7 +383,7 @@ class DoGo(nn.Module):
     def __init__(self, model, peer, mutual=1.0):
         super().__init__()
         self.model, self.peer, self.mutual, self.h = model, peer, mutual, []
-        for projector in (model.projector, peer.projector):  # run once a step, in this order: (1, 2, B, E)
+        for projector in (model.projector, peer.projector):  # each runs once a step, the model's first
             projector.register_forward_hook(lambda module, x, h: self.h.append(h[0]))
 
     def forward(self, x1, x2, alpha=1.0):
@@ -726,7 +726,7 @@ switch = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
 
 
 @dataclass
-class Learned:  # Annotations are argparse's options. What is learned follows from these and the images
+class Learned:  # What is learned follows from these and the images; an annotation holds argparse's options
     framework: dict(choices=FRAMEWORKS) = "simclr"  # the SSL framework that is self-distilled
     distill: switch = True  # self-distillation; without it, the plain framework
     alpha: weight = 1.0  # of the intermediate self-distillation, at the end of training
@@ -757,7 +757,7 @@ class Learned:  # Annotations are argparse's options. What is learned follows fr
 class Config(Learned):  # Where and how it runs; a run may go on with other values
     data: dict() = "toy"  # toy, a class of torchvision.datasets (cifar10, ...), or a folder of images
     out: dict() = ""  # run folder; by default runs/ and a name that tells data, framework and seed
-    preset: dict(choices=PRESETS) = "imagenet"  # follows from --data
+    preset: dict(choices=PRESETS) = "imagenet"  # these defaults; the preset that --data chooses replaces some
     save_every: natural = 0  # steps between two checkpoints, besides the one each epoch; 0: none
     max_steps: natural = 0  # stop after so many steps, with schedules as planned; 0: after the last epoch
     knn_every: natural = 10  # epochs between two k-NN tables; 0: no table at all
@@ -808,7 +808,7 @@ def build_model(config):
     torch.manual_seed(config.seed)  # alike on all ranks
     with user_error("these settings do not go together"):
         for arch in (config.arch, config.peer):
-            if arch == "none":
+            if arch == "none":  # no peer
                 return models[0]
             settings = dict(img_size=config.img_size) | ARCHS[arch]
             if arch.startswith("vit"):
@@ -857,7 +857,7 @@ def parameter_groups(model, weight_decay):
     for name, p in model.named_parameters():
         if p.requires_grad:
             spared = p.ndim < 2 or any(word in name for word in ("cls_token", "scales", "shifts"))
-            groups[spared]["params"].append(p)
+            groups[spared]["params"].append(p)  # False is 0, True is 1
     return groups
 
 
