@@ -2,7 +2,8 @@
 """SDSSL in one file: Self-Distilled Self-supervised Representation Learning (Jang et al., WACV 2023).
 
 While a ViT learns by SimCLR, BYOL or MoCo v3, every intermediate layer also learns from the final layer's
-target z_L, by a projection h_l and (but for SimCLR) a prediction q_l = pred_l(h_l). The whole idea is
+target z_L (the momentum teacher's projection; SimCLR, which has no teacher, takes h_L itself), by a
+projection h_l and (but for SimCLR) a prediction q_l = pred_l(h_l). The whole idea is
 
     loss = L_ssl(q_L, z_L)                               the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))        intermediate self-distillation, Eq. 3
@@ -10,14 +11,13 @@ target z_L, by a projection h_l and (but for SimCLR) a prediction q_l = pred_l(h
 
     python sdssl.py                                               # SD-SimCLR on drawn glyphs, for laptops
     python sdssl.py --framework byol --no-distill                 # any framework, with or without SD
-    python sdssl.py --data /path/to/photos                        # any folder of images
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet # one server; many nodes: README.md
 
 Read from top to bottom, the method first: ViT -> heads -> losses -> objective -> views -> data -> k-NN
 -> settings -> training. Parts 1 to 4 need nothing below them: copy freely. "Section" means the paper's.
 
-B images in this rank's batch, N tokens, D embedding width, L layers, E head output. The two views are an axis
-of length 2: z (2, B, E) holds view 1's targets in z[0], view 2's in z[1], and z.flip(0) crosses them.
+B images in this rank's batch, N tokens, D embedding width, L layers, C of them with heads, E head output.
+Views are an axis of length 2: z (2, B, E) has view 1's targets in z[0], 2's in z[1]; z.flip(0) crosses them.
 """
 import argparse
 import contextlib
@@ -159,7 +159,7 @@ def world_size():
 
 class _Gather(torch.autograd.Function):
     """all_gather with gradients. Every rank's loss depends on our x, so backward sums all their gradients of
-    x, not only our own loss's. With DDP's mean over ranks that is one process's on the joined batch."""
+    x, not only our own loss's. After DDP's mean over ranks: as one process on the joined batch."""
 
     @staticmethod
     def forward(ctx, x):
@@ -235,19 +235,19 @@ def own_images(logits):
 
 def ctr(q, z, tau=0.2):
     """Contrastive loss, Eq. 2 as in Algorithm 1: 2 tau * cross entropy of <q, z> / tau, mean over images.
-    Anchors q and keys z (..., B, E), broadcast -> (...). Negatives are other images' keys, on all ranks."""
+    Anchors q, the other view's keys z: (..., B, E), broadcast -> (...). Negatives: others, of all ranks."""
     logits = similarity(q, all_ranks(z), tau)  # (..., B, ranks * B)
     return 2 * tau * (logits.logsumexp(-1) - own_images(logits)).mean(-1)
 
 
 def byol_loss(q, z):
-    """Eq. 1: 2 - 2 cos(q, z), mean over images. q and z (..., B, E), broadcast -> (...)."""
+    """Eq. 1: 2 - 2 cos(q, z), mean over images. q and the other view's z (..., B, E), broadcast -> (...)."""
     return 2 - 2 * F.cosine_similarity(q.float(), z.float(), dim=-1).mean(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss, 2 tau * cross entropy with anchors q (..., 2, B, E) and keys z (2, B, E), both
-    directions summed -> (...). Negatives are both views of all other images, 2 (ranks * B) - 2 of them; an
+    """SimCLR's loss, 2 tau * cross entropy with anchors q (..., 2, B, E) and keys z (2, B, E), which
+    are crossed here; both directions summed -> (...). Negatives: both views of all ranks' other images; an
     anchor never meets its own image's key of the same view. nt_xent(z, z) is plain SimCLR."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     # across: anchors of view 1 with keys of view 2, and back; within: with their own view's keys
@@ -308,8 +308,8 @@ class SDSSL(nn.Module):
 
     def project(self, layers):
         """L x (2B, D) -> h (C, 2, B, E), C chosen layers: all, every n-th, or without distillation the last.
-        Zeros make a ResNet's narrower stages as wide as the last: one stack of weights serves all."""
-        width = layers[-1].shape[1]
+        Zeros widen a ResNet's narrower stages to the last, the widest: one stack of weights serves all."""
+        width = max(self.backbone.widths)
         layers = [F.pad(layers[i], (0, width - layers[i].shape[1])) for i in self.chosen]
         return self.each_layer(self.projector, self.mid_projectors, torch.stack(layers).unflatten(1, (2, -1)))
 
@@ -333,9 +333,9 @@ class SDSSL(nn.Module):
         return ctr(q, z.flip(0), self.tau).sum(-1)
 
     def forward(self, x1, x2, alpha=1.0):
-        """Algorithm 1. Two views (B, 3, H, W) -> dict of scalars: `loss`, its terms `ssl`, `isd`, `pred`
-        before their weights, without gradient, and `spread`: how far all ranks' final representations, on the
-        unit sphere, are from their mean; 1: the mean is 0; 0: they are one point (collapse)."""
+        """Algorithm 1; training raises alpha from 0. Two views (B, 3, H, W) -> dict of scalars: `loss`; its
+        terms `ssl`, `isd`, `pred` before their weights, without gradient; `spread`: how far all ranks' final
+        representations, on the unit sphere, are from their mean: 1 if that is 0, 0 if they are one point."""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
         h = self.project(layers)  # (C, 2, B, E)
@@ -362,7 +362,7 @@ class SDSSL(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m):
-        """teacher <- m teacher + (1 - m) student, after the optimiser's step. SimCLR has none."""
+        """teacher <- m teacher + (1 - m) student (parameters) after the optimiser's step. SimCLR has none."""
         if self.framework != "simclr":
             for ours, theirs in ((self.backbone, self.teacher), (self.projector, self.teacher_projector)):
                 torch._foreach_lerp_([*theirs.parameters()], [*ours.parameters()], 1 - m)
@@ -726,7 +726,7 @@ switch = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
 
 
 @dataclass
-class Learned:  # What is learned follows from these and the images; an annotation holds argparse's options
+class Learned:  # What is learned follows from these, the images and rounding; annotations: argparse's options
     framework: dict(choices=FRAMEWORKS) = "simclr"  # the SSL framework that is self-distilled
     distill: switch = True  # self-distillation; without it, the plain framework
     alpha: weight = 1.0  # of the intermediate self-distillation, at the end of training
@@ -852,7 +852,7 @@ def learning_rate(step, total, warmup, peak):
 
 
 def parameter_groups(model, weight_decay):
-    """For the optimiser: what learns; weight decay on matrices, not on biases, norms and [CLS]."""
+    """For the optimiser: all that learns; decay on matrices, not on biases, [CLS], norms (4-D in Heads)."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
     for name, p in model.named_parameters():
         if p.requires_grad:
