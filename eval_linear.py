@@ -78,24 +78,26 @@ def finetuning_groups(backbone, probe, weight_decay=0.05, decay=0.75):
 def augmented(backbone, dataset, labels, steps, device, workers):
     """Features, L x (B, D), and labels (B,) of this rank's share of each step's batch, by a crop and a flip
     of each image. Raises UserError if one is unreadable."""
-    loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers)
+    loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
+                        pin_memory=device.type == "cuda")  # fmt: skip
+    labels = labels.to(device)
     for step, (crops, numbers, complaints) in zip(steps, loader):
         if complaints:
             raise sdssl.UserError(complaints[0])
         x = crops[0].to(device, non_blocking=True) / 255
         coins = torch.rand(dataset.batch_size, 1, 1, 1, generator=sdssl.seeded("flip", step))[dataset.mine]
-        x = torch.where(coins.to(device) < 0.5, TF.horizontal_flip(x), x)
+        x = torch.where(coins.to(device, non_blocking=True) < 0.5, TF.horizontal_flip(x), x)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             layers = backbone(sdssl.normalize_pixels(x))
-        yield layers, labels[numbers].to(device)
+        yield layers, labels[numbers.to(device, non_blocking=True)]
 
 
 def cached(features, labels, batch_size, steps):
     """The same from features that were extracted once, L x (M, D), in an order of its own for each epoch."""
     for step in steps:
         epoch, batch = divmod(step, len(labels) // batch_size)
-        order = torch.randperm(len(labels), generator=sdssl.seeded("order", epoch)).to(labels.device)
-        chosen = order[batch * batch_size :][:batch_size].chunk(sdssl.world_size())[sdssl.rank()]
+        order = sdssl.shuffled(len(labels), "order", epoch)[batch * batch_size :][:batch_size]
+        chosen = order.chunk(sdssl.world_size())[sdssl.rank()].to(labels.device, non_blocking=True)
         yield [x[chosen] for x in features], labels[chosen]
 
 

@@ -32,7 +32,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -69,6 +70,7 @@ class Block(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
+        self.recompute = False  # in backward, instead of keeping what is inside: less memory, a third more time
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -76,8 +78,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(mlp)
 
     def forward(self, x, M=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, M, use_reentrant=False, preserve_rng_state=False)
+        return self.compute(x, M)
+
+    def compute(self, x, M):
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, d)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, d)
         attended = attention(q[:, :, :M], k, v).transpose(1, 2).flatten(2)  # (B, M, D)
         x = x[:, :M] + self.attn.proj(attended)
         return x + self.mlp(self.norm2(x))
@@ -135,6 +142,7 @@ class ResNet(nn.Module):
         for name, module in net.named_children():
             if name not in ("avgpool", "fc"):
                 self.add_module(name, module)
+        self.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
 
     def forward(self, x):
         pooled = []
@@ -157,15 +165,19 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+# the newer name of the same function: the older one warns from torch 2.14 on
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class _Gather(torch.autograd.Function):
     """all_gather with gradients. Every rank's loss depends on our x, so backward sums all their gradients of
     x, not only our own loss's. After DDP's mean over ranks: as one process on the joined batch."""
 
     @staticmethod
     def forward(ctx, x):
-        everyone = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(everyone, x)
-        return torch.stack(everyone)
+        everyone = x.new_empty(world_size(), *x.shape)
+        all_gather_single(everyone.view(-1), x.view(-1))  # flat: gloo takes no other shapes
+        return everyone
 
     @staticmethod
     def backward(ctx, grad):
@@ -538,7 +550,7 @@ class Unlabelled(torchvision.datasets.ImageFolder):
 
 def open_dataset(data, part="pretrain"):
     """The part "pretrain" (labels unused), "train" or "val" of `data`: "toy", torchvision.datasets' classes
-    in small letters, or a folder. Called on all ranks alike: one of a node downloads. Raises UserError."""
+    in small letters, or a folder. Called on all ranks alike: the first downloads. Raises UserError."""
     if data == "toy":
         return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
     folder = Path(data)
@@ -555,13 +567,11 @@ def open_dataset(data, part="pretrain"):
         if "split" in takes:  # STL10 has images for pretraining alone
             pretrain = "unlabeled" if data == "stl10" else takes["split"].default
             which = dict(split=dict(pretrain=pretrain, train=takes["split"].default, val="test")[part])
-        downloads = os.environ.get("LOCAL_RANK", "0") == "0"  # one rank a node; the others find the files
-        if not downloads:
+        if rank() == 0:  # one for all: data/, like the run's folder, lies where all nodes see it
+            named[data]("data", download=True, **which)
+        if world_size() > 1:
             dist.barrier()
-        dataset = named[data]("data", download=True, **which)
-        if downloads and world_size() > 1:
-            dist.barrier()
-        return dataset
+        return named[data]("data", download=False, **which)
 
 
 def read_image(source, i):
@@ -583,6 +593,12 @@ def read_or_next(source, i, complaints):
     raise UserError(complaints[-1])
 
 
+@lru_cache(maxsize=1)  # a whole epoch asks for the same one
+def shuffled(n, *key):
+    """The numbers 0 to n - 1 in an order that follows from `key` alone."""
+    return torch.randperm(n, generator=seeded(*key))
+
+
 @dataclass
 class TrainingCrops:
     """Random crops: dataset[step] is this rank's part of that step's global batch, uint8 (crops, B, 3, size,
@@ -602,8 +618,8 @@ class TrainingCrops:
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = self.images[torch.randperm(len(self.images), generator=seeded("order", self.seed, epoch))]
-        numbers, crops, complaints = order[batch * self.batch_size :][self.mine], [], []
+        places = shuffled(len(self.images), "order", self.seed, epoch)[batch * self.batch_size :][self.mine]
+        numbers, crops, complaints = self.images[places], [], []
         u = torch.rand(self.batch_size, self.crops, 10, 4, generator=seeded("crops", self.seed, step))
         for k, tries_of_crops in enumerate(u[self.mine].tolist()):
             image, numbers[k] = read_or_next(self.source, int(numbers[k]), complaints)
@@ -654,12 +670,13 @@ def extract(backbone, dataset, device, workers=0, bf16=False):
     backbone.eval()
     n, features, labels = len(dataset), [], []
     share = [i % n for i in range(rank(), n + -n % world_size(), world_size())]
-    for images, y in DataLoader(dataset, 256, sampler=share, num_workers=workers):
+    loader = DataLoader(dataset, 256, sampler=share, num_workers=workers, pin_memory=device.type == "cuda")
+    for images, y in loader:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            layers = backbone(normalize_pixels(images.to(device) / 255))
-        features.append([layer.half().cpu() for layer in layers])
+            layers = backbone(normalize_pixels(images.to(device, non_blocking=True) / 255))
+        features.append(torch.cat([layer.half() for layer in layers], dim=1).cpu())  # the only wait
         labels.append(y)
-    return [torch.cat(layer) for layer in zip(*features)], torch.cat(labels), n
+    return torch.cat(features).split(backbone.widths, dim=1), torch.cat(labels), n
 
 
 def gather_images(x, n):
@@ -685,8 +702,8 @@ def layer_table(title, columns):
     lines = [title, "layer" + "".join(f"{name:>12}" for name in columns)]
     for layer, row in enumerate(itertools.zip_longest(*columns.values()), 1):  # depths may differ
         cells = ("" if value is None else f"{value:#.3g}" for value in row)
-        lines.append(f"{layer:5}" + "".join(f"{cell:>12}" for cell in cells))
-        lines[-1] += f"  {'█' * round((row[-1] or 0) / 2)}"
+        bar = row[-1] if row[-1] and math.isfinite(row[-1]) else 0
+        lines.append(f"{layer:5}" + "".join(f"{cell:>12}" for cell in cells) + "  " + "█" * round(bar / 2))
     return "\n".join(lines)
 
 
@@ -766,6 +783,7 @@ class Config(Learned):  # Where and how it runs; a run may go on with other valu
     device: dict(choices=["cpu", "cuda"]) = "cuda" if torch.cuda.is_available() else "cpu"
     bf16: switch = False  # bfloat16 autocast; on CUDA by default
     compile: switch = False  # torch.compile the blocks of the ViT
+    recompute: switch = False  # the ViT's blocks in backward: a third of the memory or less, a third slower
 
 
 class Parser(argparse.ArgumentParser):
@@ -867,11 +885,14 @@ def set_up(device):
     """Join the process group if torchrun started us; returns this rank's device. device: "cpu" or "cuda"."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        with user_error(f"argument --device: this node has no CUDA device for rank {local_rank}"):
-            torch.cuda.set_device(local_rank)
+        devices = torch.cuda.device_count()
+        if local_rank >= devices:
+            raise UserError(f"argument --device: {devices} CUDA devices on this node, none for rank {local_rank}")
+        torch.cuda.set_device(local_rank)
         torch.backends.cuda.enable_cudnn_sdp(False)  # errs in several releases (pytorch 138529, 169849)
     if "RANK" in os.environ:
-        dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA's
+        # both by name: without, torch 2.6 and newer take the GPU's alone on a machine that has one
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return torch.device(device)
 
 
@@ -971,10 +992,12 @@ def train(config):
     if first == 0:
         knn_tables(0)
     for module in model.modules():
-        if config.compile and isinstance(module, Block):
-            module.compile()
+        if isinstance(module, Block):
+            module.recompute = config.recompute
+            if config.compile:
+                module.compile()
     ddp = model if world_size() == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True)  # fmt: skip
+        model, gradient_as_bucket_view=True, broadcast_buffers=False)  # fmt: skip
     loader = DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=config.workers,
                         pin_memory=device.type == "cuda")  # fmt: skip
     bar = tqdm(total=last, initial=first, unit="img", unit_scale=config.batch_size, disable=not chief)
@@ -1009,6 +1032,8 @@ def train(config):
             if not all(map(math.isfinite, terms.values())):
                 raise UserError(f"step {done} is not finite: {terms}; a smaller --lr may help")
             seconds = time.perf_counter() - clock
+            if device.type == "cuda":
+                terms["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
             write_log(step=done, epoch=done / steps_per_epoch, lr=lr, alpha=alpha, **terms,
                       images_per_s=(done - logged) * config.batch_size / seconds, data_wait=waited / seconds)
             bar.set_postfix(loss=terms["loss"])
@@ -1032,6 +1057,10 @@ def run_or_explain(program, run):
         run()
     except UserError as error:  # a data worker's comes with its whole report
         tqdm.write(f"{program}: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        advice = "--recompute, a smaller network or --batch-size, or more ranks need less"
+        tqdm.write(f"{program}: {str(error).partition('. ')[0]}: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as shells expect; the same command goes on

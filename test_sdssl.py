@@ -366,6 +366,64 @@ def test_a_step_of_twelve_layers_dispatches_few_operations_and_never_waits(frame
     sdssl.augment(torch.empty(8, 3, 32, 32, device="meta"), 0.5, 0.5, seeded(0))  # has no values to wait for
 
 
+@pytest.mark.parametrize("framework, most", {"simclr": 9, "byol": 11, "mocov3": 21}.items())
+def test_a_step_of_eight_ranks_asks_for_no_value_and_gathers_seldom(framework, most, monkeypatch):
+    gathered, summed = [], []
+    monkeypatch.setattr(sdssl, "world_size", lambda: 8)
+    monkeypatch.setattr(sdssl, "rank", lambda: 5)
+    monkeypatch.setattr(sdssl, "all_gather_single", lambda everyone, x: gathered.append(x))
+    monkeypatch.setattr(torch.distributed, "all_reduce", summed.append)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    with torch.device("meta"):  # tensors without values, which go with no other device's
+        model = sdssl.SDSSL(tiny_vit(12), framework, True, 24, 8)
+        crops = torch.empty(2, 6, 3, 16, 16)
+    x1, x2 = (sdssl.normalize_pixels(sdssl.augment(x, **view, generator=seeded(0)))
+              for x, view in zip(crops, sdssl.VIEWS))  # fmt: skip
+    model(x1, x2, 0.5)["loss"].backward()
+    model.update_teacher(0.9)
+    assert 0 < len(gathered) <= most
+    assert 0 < len(summed) < len(gathered)
+
+
+def devices_and_precisions():
+    """What to hold against the CPU's float32; the GPU if its numbers are right: not all that torch calls CUDA
+    computes."""
+    yield "cpu", torch.bfloat16
+    if torch.cuda.is_available() and torch.arange(5, device="cuda").sum().item() == 10:
+        yield from (("cuda", torch.float32), ("cuda", torch.bfloat16))
+
+
+@pytest.mark.parametrize("device, precision", [*devices_and_precisions()], ids=str)
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_a_step_in_bf16_and_on_a_gpu_is_the_cpus_in_float32(framework, device, precision, monkeypatch):
+    def step(device, precision):
+        model, x = tiny(framework).to(device), batch(24).to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=precision == torch.bfloat16):
+            loss = model(*x, 0.5)["loss"]
+        loss.backward()
+        return loss.cpu(), torch.cat([g.flatten().cpu() for g in grads(model).values()])
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    (loss, gradient), (right_loss, right) = step(device, precision), step("cpu", torch.float32)
+    half = precision == torch.bfloat16
+    assert_close(loss, right_loss, rtol=1e-2 if half else 1e-4, atol=0)
+    assert F.cosine_similarity(gradient, right, dim=0) > (0.97 if half else 0.9999)
+    assert_close(gradient.norm(), right.norm(), rtol=0.1 if half else 1e-3, atol=0)
+
+
+def test_recomputed_blocks_have_the_same_gradients():
+    model, again = tiny("mocov3"), tiny("mocov3")
+    computed, compute = [], sdssl.Block.compute
+    for block in again.backbone.blocks:
+        block.recompute = True
+        block.compute = lambda x, M, block=block: computed.append(block) or compute(block, x, M)
+    for network in (model, again):
+        network(*batch(), 0.5)["loss"].backward()
+    assert grads(model).keys() == grads(again).keys()
+    assert all(torch.equal(g, grads(again)[name]) for name, g in grads(model).items())
+    assert computed == [*again.backbone.blocks, *reversed(again.backbone.blocks)]  # forward, then backward
+
+
 def test_under_adam_the_predictor_loss_matters_only_while_alpha_changes(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # everything in float64
     views = torch.randn(20, 2, 6, 3, 16, 16, generator=seeded("steps"), dtype=torch.double)
@@ -563,6 +621,11 @@ def test_ranks_extract_every_image_once_in_order(monkeypatch):
         assert_close(found, expected.to(found.dtype), rtol=2e-3, atol=2e-3)
 
 
+def test_a_table_shows_what_is_missing_and_what_is_no_number():
+    table = sdssl.layer_table("title", dict(short=[1.0], long=[math.nan, 50.0])).splitlines()
+    assert table[2:] == ["    1        1.00         nan  ", "    2                    50.0  " + "█" * 25]
+
+
 # ---- 8. Settings, schedules, parameter groups ----
 @pytest.mark.parametrize("flags, settings", {
     "--data /x": "lr=0.00013 epochs=300 weight_decay=0.1 min_crop=0.08 hidden_dim=4096 patch_size=16",
@@ -629,7 +692,7 @@ def test_the_snippets_of_readme_run(trained, tmp_path, monkeypatch):
 RUN = ("--hidden-dim 32 --out-dim 16 --batch-size 48 --max-steps 8 --log-every 1 --lr 1e-3 --knn-every 0 "
        "--device cpu").split()  # fmt: skip
 SIX = [["--framework", f, *plain] for f in sdssl.FRAMEWORKS for plain in ([], ["--no-distill"])]
-CPU = torch.device("cpu")
+CPU, CPU_FLAG = torch.device("cpu"), ["--device", "cpu"]
 CASES = [(f, distill) for f in sdssl.FRAMEWORKS for distill in (True, False)] + [("mocov3", "peer")]
 
 
@@ -742,6 +805,26 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
     clock = dict(images_per_s=0, data_wait=0)
     whole, killed = ([r | clock for r in log_of(tmp_path / name)] for name in ("whole", "killed"))
     assert whole == killed and [r["step"] for r in whole] == list(range(1, 91))
+
+
+@pytest.mark.parametrize("device, backends", {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}.items())
+def test_ranks_talk_by_gloo_on_the_cpu_and_by_nccl_on_gpus(device, backends, monkeypatch):
+    given = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: given.append(args))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert sdssl.set_up(device) == torch.device(device)
+    assert given == [(backends,)]
+
+
+def test_out_of_memory_is_one_line_that_says_what_helps(tmp_path, capsys, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 8 GiB")
+
+    monkeypatch.setattr(sdssl.SDSSL, "forward", out_of_memory)
+    error = complaint(capsys, *RUN, "--out", tmp_path)
+    assert "out of memory" in error and "--recompute" in error
 
 
 def test_a_folder_is_a_run(tmp_path, capsys, monkeypatch):
@@ -906,7 +989,7 @@ def trained(tmp_path_factory):
 def test_eval_knn_measures_what_its_functions_say(trained, capsys):
     path, data = trained / "run/last.pt", str(trained)
     features = trained / "features.npz"
-    eval_knn.main([str(path), "--retrieval", "--analysis", "--save-features", str(features)])
+    eval_knn.main([str(path), *CPU_FLAG, "--retrieval", "--analysis", "--save-features", str(features)])
     backbone = sdssl.load_backbone(path)
     train, val = (sdssl.extract(backbone, CentreCrops(p, 32), CPU) for p in eval_knn.open_parts(data))
     [found] = json.loads((trained / "run/knn.json").read_text()).values()
@@ -918,14 +1001,14 @@ def test_eval_knn_measures_what_its_functions_say(trained, capsys):
     for name, x in (("layer6", val[0][5]), ("labels", val[1])):
         assert (numpy.load(features)[name] == x.numpy()).all()
     assert torchvision.io.read_image(str(trained / "run/cka.png")).shape == (3, 144, 144)
-    error = complaint(capsys, path, "--save-features", features, main=eval_knn.main)
+    error = complaint(capsys, path, *CPU_FLAG, "--save-features", features, main=eval_knn.main)
     assert "--save-features" in error  # what is there stays
-    eval_knn.main([str(path), str(path)])
+    eval_knn.main([str(path), str(path), *CPU_FLAG])
     assert capsys.readouterr().out.count(f"{found['top-1'][0]:.3g}") == 2  # side by side
 
 
 def test_probes_of_two_rates_are_probes_trained_alone_and_go_on(trained, tmp_path, capsys, monkeypatch):
-    flags = ["--batch-size", "60", "--epochs", "4", "--workers", "0"]
+    flags = [*CPU_FLAG, "--batch-size", "60", "--epochs", "4", "--workers", "0"]
     for name in ("both", "alone", "stopped"):
         shutil.copytree(trained / "run", tmp_path / name)
 
@@ -953,7 +1036,7 @@ def test_probes_of_two_rates_are_probes_trained_alone_and_go_on(trained, tmp_pat
 
 def test_finetuning_trains_everything_at_rates_that_fall_towards_the_image(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
-    flags = "--finetune --batch-size 100 --epochs 1 --workers 0".split()
+    flags = "--device cpu --finetune --batch-size 100 --epochs 1 --workers 0".split()
     eval_linear.main([str(tmp_path / "run/last.pt"), *flags])
     [file] = (tmp_path / "run").glob("last-finetune*.pt")
     state = torch.load(file, weights_only=True)
@@ -974,7 +1057,7 @@ def test_two_ranks_evaluate_like_one(trained, tmp_path):
         run = shutil.copytree(trained / "run", tmp_path / str(ranks))
         for name, *flags in (("knn", "--retrieval"), ("linear", "--batch-size", "60", "--epochs", "2")):
             (run / f"{name}.json").unlink(missing_ok=True)
-            torchrun(ranks, HERE / f"eval_{name}.py", run / "last.pt", *flags)
+            torchrun(ranks, HERE / f"eval_{name}.py", run / "last.pt", *CPU_FLAG, *flags)
             [result] = json.loads((run / f"{name}.json").read_text()).values()
             numbers += result["top-1"] + result.get("mAP", [])
     assert len(found[1]) == 18 and found[2] == pytest.approx(found[1], abs=1.1)  # an image more or less
@@ -992,7 +1075,7 @@ def test_what_cannot_be_evaluated_is_one_line(trained, tmp_path, capsys):
         (eval_linear.main, [path], "too few for --batch-size 1024"),
         (eval_linear.main, [path, "--data", broken, "--batch-size", "60", "--epochs", "1"], "0/100.png"),
     ):
-        assert word in complaint(capsys, *argv, main=main)
+        assert word in complaint(capsys, *argv, *CPU_FLAG, main=main)
 
 
 if __name__ == "__main__":
