@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""How good is every layer of a frozen network, and what does it cost? Weighted k-NN by DINO's protocol,
-retrieval, and the paper's analyses (section 4.4).
+"""How good is every layer of a frozen network, and what does it cost? DINO's weighted k-NN, ranking
+of images by class, and the paper's analyses (section 4.4).
 
-    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt                        # on the data of its training
-    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --data cifar10         # on other data
-    python eval_knn.py PLAIN/last.pt SD/last.pt --retrieval --analysis         # side by side; bars: SD
-    python eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR  # DINO, MoCo v3 or timm
-    python eval_knn.py random --data toy                                       # untrained; sdssl.py's flags
-    torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT                         # ranks share the images
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt                        # data of its
+    training python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --data cifar10         # other data
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --pool patches         # layers by patches
+    python eval_knn.py PLAIN/last.pt SD/last.pt --retrieval --analysis         # side by side python
+    eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR  # DINO, MoCo v3, timm python
+    eval_knn.py random --data toy                                       # an untrained network
+    torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT                         # ranks share images
 
-Prints tables and adds the numbers to knn.json beside the checkpoint. `cost` is what a layer costs as an exit:
-the multiply-adds of sdssl.load_backbone(path, depth=layer). It, mAP and top-1 are in percent.
+It prints a table, and adds the numbers to knn.json beside the checkpoint. `cost` is what a layer
+costs as an exit: the multiply-adds of sdssl.load_backbone(path, depth=layer), in percent of the
+whole network's. `top-1` and `mAP` are in percent, too. `random` takes all of sdssl.py's flags.
 """
+
 import argparse
 import json
 import math
-from dataclasses import dataclass
-from functools import partial
+import pathlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -27,207 +30,373 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 
 import sdssl
-from sdssl import gather_images
+from sdssl import UserError, gather_images
 
 # ---- Measures, to copy ----
 
-def average_precision(train_x, train_y, test_x, test_y):
-    """Retrieval (paper, Table 2): rank the training images by cosine similarity to each query; precision at
-    the rank of each image of the query's class, averaged. The mean over queries is the mAP.
 
-    train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,), 0 where no image is of that class."""
-    train_x, found = F.normalize(train_x.float(), dim=-1), []
-    for x, y in zip(test_x.float(), test_y):  # the query's own length would not change the order
-        ranks = 1 + (train_y[(train_x @ x).argsort(descending=True)] == y).nonzero()[:, 0]
+def average_precision(train_x, train_y, test_x, test_y):
+    """Rank the training images by their cosine similarity to a query: the precision at the rank of
+    each image of the query's class, averaged. The mean over queries is the mAP over classes.
+
+    train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,); 0 if no image has the
+    class."""
+    train_x = F.normalize(train_x.float(), dim=-1)
+    found = []
+    for x, y in zip(test_x.float(), test_y):  # the query's length does not change the order
+        order = (train_x @ x).argsort(descending=True)
+        ranks = 1 + (train_y[order] == y).nonzero()[:, 0]
         hits = torch.arange(1, len(ranks) + 1, device=x.device)
         found.append((hits / ranks).sum() / max(1, len(ranks)))
     return torch.stack(found)
 
 
 def alignment(x, y, gamma=2):
-    """Eq. 7: mean |x_i - y_i|^gamma of positive pairs x, y (M, D) on the unit sphere: how close views are."""
-    return (F.normalize(x.float(), dim=-1) - F.normalize(y.float(), dim=-1)).norm(dim=-1).pow(gamma).mean()
+    """Eq. 7: mean |x_i - y_i|^gamma over positive pairs of x and y (M, D), on the unit sphere: how
+    close the views of an image are."""
+    distances = (F.normalize(x.float(), dim=-1) - F.normalize(y.float(), dim=-1)).norm(dim=-1)
+    return distances.pow(gamma).mean()
 
 
 def uniformity(x, t=2):
-    """Eq. 8: log mean exp(-t |x_i - x_j|^2) over all pairs of x (M, D) on the unit sphere; low if uniform."""
-    return torch.pdist(F.normalize(x.float(), dim=-1)).pow(2).mul(-t).exp().mean().log()
+    """Eq. 8: log mean exp(-t |x_i - x_j|^2) over all pairs of x (M, D), on the unit sphere: low if
+    images are spread evenly."""
+    distances = torch.pdist(F.normalize(x.float(), dim=-1))
+    return distances.pow(2).mul(-t).exp().mean().log()
 
 
 def negative_alignment(x, gamma=2):
-    """Eq. 9: mean |x_i - x_j|^gamma over all pairs of x (M, D) on the unit sphere: how far images are."""
+    """Eq. 9: mean |x_i - x_j|^gamma over all pairs of x (M, D), on the unit sphere: how far apart
+    images are."""
     return torch.pdist(F.normalize(x.float(), dim=-1)).pow(gamma).mean()
 
 
 def linear_cka(x, y):
-    """Linear centred kernel alignment (Kornblith et al. 2019, Eqs. 1 to 3) of x (M, D), y (M, D')."""
-    x, y = (z.double() - z.double().mean(0) for z in (x, y))
+    """Linear centred kernel alignment of x (M, D) and y (M, D'): Kornblith et al. 2019, Eqs. 1 to
+    3."""
+    x = x.double() - x.double().mean(0)
+    y = y.double() - y.double().mean(0)
     return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
 def exit_costs(backbone):
-    """Multiply-adds of build_backbone's ViT cut to l blocks, in percent, for l = 1 to L; [] for a ResNet."""
-    counts, size = [], backbone.architecture["img_size"]
+    """Multiply-adds of build_backbone's ViT cut to 1, 2, ..., L blocks, in percent; [] for a
+    ResNet."""
+    counts = []
+    size = backbone.architecture["img_size"]
     for depth in range(1, 1 + backbone.architecture.get("depth", 0)):
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes without numbers
-            sdssl.build_backbone(**backbone.architecture | dict(depth=depth))(torch.empty(1, 3, size, size))
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # shapes, no numbers
+            network = sdssl.build_backbone(**backbone.architecture | dict(depth=depth))
+            network(torch.empty(1, 3, size, size))
         counts.append(counter.get_total_flops())
     return [100 * count / counts[-1] for count in counts]
 
 
 # ---- Networks and data, for eval_linear.py too ----
 
-def foreign_backbone(checkpoint, which, num_heads):
-    """A ViT of DINO, MoCo v3 or timm as our VisionTransformer, from a state_dict or a dict that holds some.
+UNLIKE = {  # part of a weight's name: what such a network has, and our VisionTransformer has not
+    "ls1.gamma": "LayerScale",
+    "gamma_1": "LayerScale",
+    "dist_token": "a distillation token",
+    "reg_token": "register tokens",
+    "register_tokens": "register tokens",
+    "patch_embed.proj.0.": "a convolutional stem",
+    "q_norm": "normalised queries",
+}
 
-    which: "teacher" or "student", where both are there. Raises UserError unless every weight of the backbone
-    fits; heads (`head.*`) are left out."""
-    with sdssl.user_error("cannot make a ViT, with one `cls_token`, of these weights"):
-        for key in ("state_dict", "model", which):  # where MoCo v3, DeiT and DINO keep them
-            checkpoint = checkpoint.get(key, checkpoint)
-        other = dict(teacher="base_encoder", student="momentum_encoder").get(which, which)  # MoCo v3's names
-        tokens = [name for name in checkpoint if name.endswith("cls_token") and other not in name]
-        [prefix] = [name.removesuffix("cls_token") for name in tokens]
-        weights = {name.removeprefix(prefix): w for name, w in checkpoint.items()
-                   if name.startswith(prefix) and not name.startswith(prefix + "head.")}  # fmt: skip
+
+def foreign_weights(checkpoint, which):
+    """The ViT's weights, by timm's names, in a file of DINO, MoCo v3, DeiT or timm. Heads are left
+    out. which: "teacher" or "student", where both are there. Raises UserError if there is none."""
+    if which in checkpoint:  # DINO
+        weights = checkpoint[which]
+    elif "state_dict" in checkpoint:  # MoCo v3
+        encoder = "base_encoder" if which == "student" else "momentum_encoder"
+        everything = checkpoint["state_dict"]
+        weights = {name: weight for name, weight in everything.items() if encoder in name}
+    else:  # DeiT, or timm
+        weights = checkpoint.get("model", checkpoint)
+    prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
+    if len(prefixes) != 1:
+        raise UserError(
+            f"this file has {len(prefixes)} ViTs (weights named cls_token), and not one"
+        )
+    prefix = prefixes[0]  # such as "module.backbone."
+    found = {}
+    for name, weight in weights.items():
+        if name.startswith(prefix) and not name.startswith((prefix + "head", prefix + "fc_norm")):
+            found[name.removeprefix(prefix)] = weight
+    for part, what in UNLIKE.items():
+        if any(part in name for name in found):
+            raise UserError(f"this ViT has {what}, which sdssl.py's has not")
+    return found
+
+
+def foreign_backbone(checkpoint, which, num_heads, pool="cls"):
+    """A ViT of DINO, MoCo v3, DeiT or timm as our VisionTransformer, in eval mode. Raises UserError
+    unless every weight of the backbone fits."""
+    weights = foreign_weights(checkpoint, which)
+    with sdssl.user_error("this ViT is unlike sdssl.py's", KeyError, ValueError, RuntimeError):
         width, _, _, patch_size = weights["patch_embed.proj.weight"].shape
-        img_size = math.isqrt(weights["pos_embed"].shape[1] - 1) * patch_size
-        depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-        backbone = sdssl.build_backbone(img_size=img_size, patch_size=patch_size, embed_dim=width,
-                                        depth=depth, num_heads=num_heads)  # fmt: skip
-    try:
+        grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
+        depth = len([name for name in weights if name.endswith("norm1.weight")])
+        backbone = sdssl.build_backbone(
+            img_size=grid * patch_size,
+            patch_size=patch_size,
+            embed_dim=width,
+            depth=depth,
+            num_heads=num_heads,
+            pool=pool,
+        )
         backbone.load_state_dict(weights)
-    except RuntimeError as error:  # lists what is missing, unexpected or misshapen: not to be cut short
-        raise sdssl.UserError(" ".join(str(error).split())) from None
     return backbone.eval()
 
 
 def network_parser(program, doc, **checkpoint):
-    """Command line of what is evaluated, common to both scripts. checkpoint: options of that argument."""
+    """Command line of what is evaluated, common to both scripts. checkpoint: options of that
+    argument."""
     parser = sdssl.Parser(program, usage=doc, allow_abbrev=False)
     parser.add_argument("checkpoint", help="last.pt, foreign weights, or random", **checkpoint)
     parser.add_argument("--data", help="as in sdssl.py; default: what the network was trained on")
     parser.add_argument("--which", choices=("teacher", "student", "peer"), default="teacher")
-    parser.add_argument("--num-heads", help="of foreign weights", **sdssl.count)
-    parser.add_argument("--workers", default=2, help="processes that read images", **sdssl.natural)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=sdssl.Config.device)
+    parser.add_argument("--pool", choices=("cls", "patches"), help="default: as it was trained")
+    parser.add_argument("--num-heads", type=sdssl.number(int, 1), help="of foreign weights")
+    parser.add_argument("--workers", type=sdssl.number(int), default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=sdssl.DEVICE)
     return parser
 
 
+@dataclass
+class Network:
+    """What is evaluated."""
+
+    backbone: torch.nn.Module  # in eval mode
+    data: str  # name of a set, or a folder
+    min_crop: float  # smallest crop of its training, part of the image's area
+    step: int | None  # which it has reached, None if nothing tells
+
+    @property
+    def size(self):
+        """Of its images, in pixels."""
+        return self.backbone.architecture["img_size"]
+
+
 def open_network(path, args, flags):
-    """What `path` names: the backbone in eval mode, the name of the data, the smallest crop of its training,
-    and the step it has reached, None if nothing tells. flags: sdssl.py's, for random. Raises UserError."""
+    """The Network that `path` names. flags: sdssl.py's, for "random". Raises UserError."""
+    pool = dict(pool=args.pool) if args.pool else {}
     if path == "random":
-        config = sdssl.parse_config([*flags, "--data", args.data or sdssl.Config.data])
-        return sdssl.build_model(config).networks["student"].eval(), config.data, config.min_crop, 0
+        chosen = [f"--{name}={value}" for name, value in pool.items()]
+        config = sdssl.parse_config(["--data", args.data or "toy", *chosen, *flags])
+        backbone = sdssl.build_model(config).networks["student"].eval()
+        return Network(backbone, config.data, config.min_crop, 0)
     if flags:
-        raise sdssl.UserError(f"unrecognized arguments: {' '.join(flags)}")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # in DINO's files
+        raise UserError(f"unrecognized arguments: {' '.join(flags)}")
+    with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):  # DINO's args
         checkpoint = sdssl.load_checkpoint(path)
     if "networks" in checkpoint:
-        config, backbone = checkpoint["config"], sdssl.load_backbone(path, args.which)
-        return backbone, args.data or config["data"], config["min_crop"], checkpoint["step"]
+        config = checkpoint["config"]
+        backbone = sdssl.load_backbone(path, args.which, **pool)
+        return Network(
+            backbone, args.data or config["data"], config["min_crop"], checkpoint["step"]
+        )
     if not args.data or not args.num_heads:
-        raise sdssl.UserError("give --data and --num-heads (ViT-S: 12 in MoCo v3, 6 elsewhere; ViT-B: 12)")
-    return foreign_backbone(checkpoint, args.which, args.num_heads), args.data, sdssl.Config.min_crop, None
+        raise UserError(
+            "give --data and --num-heads (ViT-S: 12 in MoCo v3, 6 elsewhere; ViT-B: 12)"
+        )
+    backbone = foreign_backbone(checkpoint, args.which, args.num_heads, **pool)
+    return Network(backbone, args.data, sdssl.Config.min_crop, None)
 
 
 def labels_of(dataset):
-    """The class numbers (M,) of a dataset's images, which stay unopened where torchvision has a list."""
+    """Class numbers (M,) of a dataset's images, which stay unopened where torchvision has a
+    list."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(dataset, name):
             return torch.as_tensor(getattr(dataset, name))
-    return torch.tensor([label for _, label in getattr(dataset, "_samples", dataset)])
+    samples = getattr(dataset, "_samples", dataset)
+    return torch.tensor([label for _, label in samples])
 
 
 def open_parts(data):
-    """Training and validation part of `data`. Raises UserError if there are no classes to tell apart."""
-    parts = [sdssl.open_dataset(data, part) for part in ("train", "val")]
-    train, val = (set(labels_of(part).tolist()) for part in parts)
-    names, val_names = (getattr(part, "classes", None) for part in parts)  # a folder numbers those it has
-    if len(train) < 2 or val - train or names and val_names and names != val_names:
-        raise sdssl.UserError(f"--data {data}: no labels of two or more classes, the same in train and val")
-    return parts
+    """Training and validation part of `data`. Raises UserError if no classes are to be told
+    apart."""
+    if sdssl.is_named(data.lower()):
+        data = data.lower()
+    train = sdssl.open_dataset(data, "train")
+    val = sdssl.open_dataset(data, "val")
+    classes = set(labels_of(train).tolist())
+    unknown = set(labels_of(val).tolist()) - classes
+    same_names = getattr(train, "classes", None) == getattr(val, "classes", None)
+    if len(classes) < 2 or unknown or not same_names:
+        raise UserError(f"--data {data}: train and val need the same classes, at least two")
+    return train, val
 
 
 def add_result(path, key, result):
-    """Add a result, a dict, to what the JSON file at `path` has under this key."""
-    found = json.loads(path.read_text()) if path.exists() else {}
-    found.setdefault(key, {}).update(result)
-    sdssl.write_whole(path, lambda new: new.write_text(json.dumps(found, indent=1)))
+    """Add a result, a dict, to what the JSON file at `path` has under this key; if it cannot be
+    written, say so, for the numbers have been printed already."""
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+        found.setdefault(key, {}).update(result)
+        sdssl.write_whole(path, lambda new: new.write_text(json.dumps(found, indent=1)))
+    except (OSError, ValueError, UserError) as error:
+        sdssl.say(f"the numbers are not in {path.name}: {error}")
 
 
 @dataclass
 class RandomViews(sdssl.CentreCrops):
-    """A random view of each image, as in training, with pixels from 0 to 255: the same for every network."""
+    """dataset[i] is a random view of image i, as in training, with pixels from 0 to 255, and its
+    class. Each network sees the same views."""
 
-    min_crop: float  # part of the image's area
-    view: int  # 0 or 1
+    min_crop: float = 0.08  # part of the image's area
+    view: int = 0  # or 1
 
     def __getitem__(self, i):
         image, label = sdssl.read_image(self.source, i)
-        x, generator = TF.pil_to_tensor(image), sdssl.seeded("analysis", i, self.view)
-        box = sdssl.random_box(torch.rand(10, 4, generator=generator).tolist(), *x.shape[1:], self.min_crop)
+        x = TF.pil_to_tensor(image)
+        generator = sdssl.seeded("analysis", i, self.view)
+        tries = torch.rand(10, 4, generator=generator).tolist()
+        box = sdssl.random_box(tries, *x.shape[1:], self.min_crop)
         x = TF.resized_crop(x, *box, [self.size, self.size])[None] / 255
-        return 255 * sdssl.augment(x, **sdssl.VIEWS[self.view], generator=generator)[0], label
+        x = sdssl.augment(x, **sdssl.VIEWS[self.view], generator=generator)
+        return 255 * x[0], label
+
+
+# ---- One network ----
+
+
+@dataclass
+class Report:
+    """What is found out about one network."""
+
+    title: str
+    path: str
+    key: str  # in knn.json
+    measures: dict = field(default_factory=dict)  # {name: a number for each layer}
+    settings: dict = field(default_factory=dict)  # {name: a number}
+    cka: list | None = None  # L x L
+
+    def save(self):
+        """Add the numbers to knn.json, and draw cka.png, beside the checkpoint."""
+        folder = Path(self.path).parent
+        result = self.measures | self.settings
+        if self.cka:
+            result["cka"] = self.cka
+            picture = torch.tensor(self.cka).flip(0)[None, None]  # white is 1; layer 1 bottom left
+            with sdssl.user_error("cannot draw cka.png", OSError):
+                large = F.interpolate(picture, scale_factor=24)
+                torchvision.utils.save_image(large, folder / "cka.png")
+        add_result(folder / "knn.json", self.key, result)
+
+
+def analyses(extract, network, val_set, device):
+    """Eqs. 7 to 9 of every layer, and their ratio R: {name: a number for each layer}."""
+    views = []
+    for view in (0, 1):
+        crops = RandomViews(val_set, network.size, min_crop=network.min_crop, view=view)
+        views.append(extract(crops))
+    m = views[0][2]
+    found = {"align": [], "-unif": [], "neg. align": [], "R": []}
+    for x, y in zip(views[0][0], views[1][0]):
+        x = gather_images(x.to(device), m)
+        y = gather_images(y.to(device), m)
+        near = alignment(x, y).item()
+        far = negative_alignment(x).item()
+        found["align"].append(near)
+        found["-unif"].append(-uniformity(x).item())
+        found["neg. align"].append(far)
+        found["R"].append(far / near if near else math.nan)
+    return found
+
+
+def retrieval(train, val, device):
+    """mAP over classes of every layer, in percent. train, val: as sdssl.extract returns them."""
+    bank_x, bank_y, n = train
+    val_x, val_y, m = val
+    bank_y = gather_images(bank_y, n).to(device)
+    val_y = val_y.to(device)
+    found = []
+    for bank, x in zip(bank_x, val_x):
+        bank = gather_images(bank.to(device), n)
+        precisions = average_precision(bank, bank_y, x.to(device), val_y)
+        found.append(100 * gather_images(precisions, m).mean().item())
+    return found
+
+
+def save_features(path, features, labels):
+    """Validation images' representations, a key a layer, and labels, as a new .npz file."""
+    arrays = {f"layer{number}": x.numpy() for number, x in enumerate(features, start=1)}
+    with (
+        sdssl.user_error("--save-features", OSError),
+        open(path, "xb") as file,
+    ):  # x: never over one
+        numpy.savez(file, labels=labels.numpy(), **arrays)
 
 
 def evaluate(path, args, flags, device):
-    """All that the command line asks for, of one network: a title, and {measure: a number for each layer}."""
-    backbone, data, min_crop, step = open_network(path, args, flags)
-    size, title, beside = backbone.architecture["img_size"], f"{path} on {data}", Path(path).with_name
-    train_set, val_set = open_parts(data)
-    extract = partial(sdssl.extract, backbone.to(device), device=device, workers=args.workers,
-                      bf16=device.type == "cuda")  # fmt: skip
-    val = share, y, m = extract(sdssl.CentreCrops(val_set, size))
-    features, labels, chief = [gather_images(x, m) for x in share], gather_images(y, m), sdssl.rank() == 0
-    if args.save_features and chief:
-        with sdssl.user_error("--save-features"), open(args.save_features, "xb") as file:  # x: a new one
-            numpy.savez(file, labels=labels, **{f"layer{i}": x for i, x in enumerate(features, 1)})
-    train = bank, bank_y, n = extract(sdssl.CentreCrops(train_set, size))
-    measures, others = dict(cost=exit_costs(backbone)), dict(k=args.k, temperature=args.temperature)
+    """The Report of one network, by what the command line asks for."""
+    network = open_network(path, args, flags)
+    backbone = network.backbone.to(device)
+    train_set, val_set = open_parts(network.data)
+
+    def extract(dataset):
+        bf16 = device.type == "cuda"
+        return sdssl.extract(backbone, dataset, device, args.workers, bf16)
+
+    val = extract(sdssl.CentreCrops(val_set, network.size))
+    features = [gather_images(x, val[2]) for x in val[0]]
+    labels = gather_images(val[1], val[2])
+    if args.save_features and sdssl.rank() == 0:
+        save_features(args.save_features, features, labels)
+    train = extract(sdssl.CentreCrops(train_set, network.size))
+
+    read = f", {args.pool}" if args.pool else ""
+    key = f"{Path(path).name} on {network.data}, {args.which}{read}, step {network.step}"
+    report = Report(f"{path} on {network.data}{read}", path, key)
+    report.settings = dict(k=args.k, temperature=args.temperature)
+    report.measures["cost"] = exit_costs(backbone)
     if args.analysis:
-        views = [extract(RandomViews(val_set, size, min_crop, view))[0] for view in (0, 1)]
-        pairs = [[gather_images(x, m).to(device) for x in pair] for pair in zip(*views)]
-        near = torch.stack([alignment(*pair) for pair in pairs])
-        far = torch.stack([negative_alignment(x) for x, _ in pairs])
-        measures["align"], measures["-unif"] = near.tolist(), [-uniformity(x).item() for x, _ in pairs]
-        measures["neg. align"], measures["R"] = far.tolist(), (far / near).tolist()
-        others["cka"] = cka = [[linear_cka(x, y).item() for y in features] for x in features]
-        if chief:
-            print(sdssl.layer_table(f"linear CKA of the layers, {title}", dict(enumerate(cka, 1))))
-            picture = torch.tensor(cka).flip(0)[None, None]  # white is 1, layer 1 at the bottom left
-            torchvision.utils.save_image(F.interpolate(picture, scale_factor=24), beside("cka.png"))
+        report.measures |= analyses(extract, network, val_set, device)
+        report.cka = [[linear_cka(x, y).item() for y in features] for x in features]
     if args.retrieval:
-        bank_y, y, measures["mAP"] = gather_images(bank_y, n).to(device), y.to(device), []
-        for x, bank_x in zip(share, bank):
-            found = average_precision(gather_images(bank_x, n).to(device), bank_y, x.to(device), y)
-            measures["mAP"].append(100 * gather_images(found, m).mean().item())
-    measures["top-1"] = sdssl.knn(train, val, device, args.k, args.temperature)
-    if chief and path != "random":
-        key = f"{Path(path).name} on {data}, {args.which}, step {step}"
-        add_result(beside("knn.json"), key, measures | others)
-    return title, measures
+        report.measures["mAP"] = retrieval(train, val, device)
+    report.measures["top-1"] = sdssl.knn(train, val, device, args.k, args.temperature)
+    return report
+
+
+def show(reports):
+    """Print one network's measures side by side; or of several, each measure side by side."""
+    for report in reports:
+        if report.cka:
+            columns = dict(enumerate(report.cka, start=1))
+            print(sdssl.layer_table(f"linear CKA of the layers, {report.title}", columns))
+    if len(reports) == 1:
+        print(sdssl.layer_table(reports[0].title, reports[0].measures))
+        return
+    for number, report in enumerate(reports, start=1):
+        print(f"({number}) {report.title}")
+    for name in reports[0].measures:
+        columns = {f"({i})": report.measures[name] for i, report in enumerate(reports, start=1)}
+        print(sdssl.layer_table(name, columns))
 
 
 def run(argv=None):
-    """Evaluate what the command line names. Raises sdssl.UserError for anything the user can change."""
+    """Evaluate what the command line names. Raises UserError for anything the user can change."""
     parser = network_parser("eval_knn.py", __doc__, nargs="+")
-    parser.add_argument("--k", default=20, help="neighbours that vote", **sdssl.count)
-    parser.add_argument("--temperature", default=0.07, help="of the votes", **sdssl.between(float, 1e-3))
-    parser.add_argument("--retrieval", action="store_true", help="mAP of ranking the training images")
-    parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA; 10 GB for 50,000 images")
+    parser.add_argument("--k", type=sdssl.number(int, 1), default=20, help="neighbours that vote")
+    parser.add_argument("--temperature", type=sdssl.number(float, 1e-3), default=0.07)
+    parser.add_argument("--retrieval", action="store_true", help="mAP over classes")
+    parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA")
     parser.add_argument("--save-features", help="new .npz file: validation images, all layers")
     args, flags = parser.parse_known_args(argv)
     device = sdssl.set_up(args.device)
-    found = [evaluate(path, args, flags, device) for path in args.checkpoint]
+    reports = [evaluate(path, args, flags, device) for path in args.checkpoint]
     if sdssl.rank() > 0:
         return
-    if len(found) == 1:
-        return print(sdssl.layer_table(*found[0]))
-    print("\n".join(f"({i}) {title}" for i, (title, _) in enumerate(found, 1)))
-    for name in found[0][1]:
-        print(sdssl.layer_table(name, {f"({i})": table[name] for i, (_, table) in enumerate(found, 1)}))
+    show(reports)
+    for report in reports:
+        if report.path != "random":
+            report.save()
 
 
 def main(argv=None):

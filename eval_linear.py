@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: MIT
-"""Linear probes on every layer of a frozen network at once (the paper's Figure 3), or end-to-end fine-tuning.
+"""Linear probes on every layer of a frozen network at once (the paper's Figure 3), or end-to-end
+fine-tuning.
 
-    python eval_linear.py runs/toy-sd-simclr-seed0/last.pt --cached                 # seconds: no augmentation
-    torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT                           # MoCo v3's protocol
-    python eval_linear.py CHECKPOINT --data flowers102 --batch-size 256 --finetune  # Table 4's third protocol
+    python eval_linear.py runs/toy-sd-simclr-seed0/last.pt --cached         # seconds: centre crops
+    torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT --which student   # MoCo v3's protocol
+    python eval_linear.py CHECKPOINT --data flowers102 --batch-size 256 --finetune
 
-MoCo v3's protocol: SGD with momentum 0.9, no weight decay, 90 epochs, half a cosine, batch 1024, learning
-rate 3 per 256 images; crops, as small as in pretraining, and flips. Beside that rate smaller ones train
-(--lrs), and each layer reports the one that is best on a tenth of the training images from which no probe
-learns; validation images choose nothing. Features are standardised with that tenth's mean and deviation: the
-classifier stays linear, and SGD does not depend on a layer's spread. --cached takes centre crops, once.
+Probes are trained as MoCo v3 does it: SGD with momentum 0.9, no weight decay, 90 epochs, half a
+cosine, batch 1024, learning rate 3 per 256 images; crops as small as in pretraining, and flips.
+MoCo v3 probes the student, we the teacher by default. Other than there, features are standardised
+(the classifier stays linear, and SGD does not depend on a layer's spread); smaller rates train
+beside 3 (--lrs), and each layer reports the one that is best on a tenth of the training images,
+which no probe learns from; validation images choose nothing. --cached takes centre crops, once.
 
-Fine-tuning trains everything, with a classifier on the last layer, on all training images: AdamW, weight
-decay 0.05, 5e-4 per 256 images after a warm-up of a twentieth, 0.75 times as much for each layer further
-down, label smoothing 0.1.
+Fine-tuning is a recipe of our own: it trains everything, with a classifier on the last layer, on
+all training images: AdamW, weight decay 0.05, 5e-4 per 256 images after a warm-up of a twentieth,
+0.75 times as much for each layer further down, label smoothing 0.1.
 
-It writes linear.json and, once an epoch, what was trained beside the checkpoint: run again, it goes on.
+It writes linear.json and, once an epoch, what was trained beside the checkpoint: run again, it goes
+on from there.
 """
+
 import copy
 import re
 from functools import partial
@@ -28,15 +32,18 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import eval_knn
 import sdssl
+from sdssl import UserError
 
 
 class Probe(nn.Module):
-    """A linear classifier on standardised features: (B, D) -> (B, num_classes)."""
+    """A linear classifier on standardised features: (B, D) -> (B, num_classes). features: some
+    (M, D), whose mean and deviation are taken out of all."""
 
     def __init__(self, features, num_classes):
         super().__init__()
@@ -50,8 +57,9 @@ class Probe(nn.Module):
 
 def accuracy(logits, labels, k=1):
     """Part of the rows of logits (B, C) whose class is among the k likeliest, in percent."""
-    hits = logits.topk(min(k, logits.shape[1])).indices == labels[:, None]
-    return 100 * hits.any(1).float().mean().item()
+    likeliest = logits.topk(min(k, logits.shape[1])).indices
+    hits = (likeliest == labels[:, None]).any(1)
+    return 100 * hits.float().mean().item()
 
 
 def average_gradients(parameters):
@@ -63,134 +71,277 @@ def average_gradients(parameters):
         vector_to_parameters(flat / sdssl.world_size(), gradients)
 
 
-def finetuning_groups(backbone, probe, weight_decay=0.05, decay=0.75):
-    """A group for each depth, with its part of the learning rate: `decay` to the power of its distance from
-    the classifier; and one for what has no weight decay there: biases, norms, [CLS], positions."""
-    top, groups = len(backbone.widths) + 1, {}
-    for name, p in [*backbone.named_parameters(), *probe.named_parameters(prefix="norm")]:  # both on top
-        found = re.match(r"(blocks\.|layer)(\d+)", name)
-        depth = int(found[2]) + (found[1] == "blocks.") if found else top * name.startswith("norm")
-        groups.setdefault((depth, p.ndim > 1 and name not in ("cls_token", "pos_embed")), []).append(p)
-    return [dict(params=params, scale=decay ** (top - depth), weight_decay=weight_decay * decayed)
-            for (depth, decayed), params in groups.items()]  # fmt: skip
+# ---- Images and features ----
 
 
-def augmented(backbone, dataset, labels, steps, device, workers):
-    """Features, L x (B, D), and labels (B,) of this rank's share of each step's batch, by a crop and a flip
-    of each image. Raises UserError if one is unreadable."""
-    loader = DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers,
-                        pin_memory=device.type == "cuda")  # fmt: skip
-    labels = labels.to(device)
-    for step, (crops, numbers, complaints) in zip(steps, loader):
-        if complaints:
-            raise sdssl.UserError(complaints[0])
-        x = crops[0].to(device, non_blocking=True) / 255
-        coins = torch.rand(dataset.batch_size, 1, 1, 1, generator=sdssl.seeded("flip", step))[dataset.mine]
-        x = torch.where(coins.to(device, non_blocking=True) < 0.5, TF.horizontal_flip(x), x)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            layers = backbone(sdssl.normalize_pixels(x))
-        yield layers, labels[numbers.to(device, non_blocking=True)]
+class Data:
+    """Images of the training and the validation part, for one network. A tenth of the training
+    images is held out; nobody learns from it but fine-tuning, which has nothing to choose."""
+
+    def __init__(self, network, args, device):
+        self.network = network
+        self.args = args
+        self.device = device
+        self.train, self.val = eval_knn.open_parts(network.data)
+        self.labels = eval_knn.labels_of(self.train)
+        self.num_classes = 1 + int(self.labels.max())
+        order = sdssl.shuffled(len(self.train), "held out")  # sets come sorted by class
+        tenth = len(order) // 10
+        self.held_out = order[:tenth]
+        self.learned = order if args.finetune else order[tenth:]
+        if len(self.held_out) < 2 or len(self.learned) < args.batch_size:
+            n = len(self.learned)
+            raise UserError(f"{n} training images: too few for --batch-size {args.batch_size}")
+        self.steps_per_epoch = len(self.learned) // args.batch_size
+
+    def extract(self, source, numbers):
+        """Every layer of these images' centre crops, L x (n, D), and their classes (n,), whole on
+        every rank and on the device."""
+        crops = sdssl.CentreCrops(source, self.network.size, InterpolationMode.BILINEAR)
+        images = Subset(crops, numbers.tolist())
+        bf16 = self.device.type == "cuda"
+        backbone = self.network.backbone
+        share, y, n = sdssl.extract(backbone, images, self.device, self.args.workers, bf16)
+        features = [sdssl.gather_images(x, n).to(self.device) for x in share]
+        return features, sdssl.gather_images(y, n).to(self.device)
+
+    def augmented(self, steps):
+        """For each step: features, L x (B, D), and classes (B,) of this rank's share of its batch,
+        by a crop and a flip of each image. Raises UserError if an image is unreadable."""
+        args = self.args
+        dataset = sdssl.TrainingCrops(
+            self.train,
+            self.learned,
+            args.batch_size,
+            self.network.size,
+            self.network.min_crop,
+            seed="linear",
+            crops=1,
+        )
+        on_gpu = self.device.type == "cuda"
+        labels = self.labels.to(self.device)
+        loader = DataLoader(
+            dataset, None, sampler=steps, num_workers=args.workers, pin_memory=on_gpu
+        )
+        for step, (crops, numbers, complaints) in zip(steps, loader):
+            if complaints:
+                raise UserError(complaints[0])
+            x = crops[0].to(self.device, non_blocking=True) / 255
+            generator = sdssl.seeded("flip", step)
+            coins = torch.rand(args.batch_size, 1, 1, 1, generator=generator)[dataset.mine]
+            flipped = coins.to(self.device, non_blocking=True) < 0.5
+            x = torch.where(flipped, TF.horizontal_flip(x), x)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+                layers = self.network.backbone(sdssl.normalize_pixels(x))
+            yield layers, labels[numbers.to(self.device, non_blocking=True)]
+
+    def cached(self, steps):
+        """The same of centre crops, whose features are extracted once."""
+        features, labels = self.extract(self.train, self.learned)
+        for step in steps:
+            epoch, batch = divmod(step, self.steps_per_epoch)
+            order = sdssl.shuffled(len(labels), "order", epoch)
+            order = order[batch * self.args.batch_size :][: self.args.batch_size]
+            mine = order.chunk(sdssl.world_size())[sdssl.rank()]
+            mine = mine.to(self.device, non_blocking=True)
+            yield [x[mine] for x in features], labels[mine]
 
 
-def cached(features, labels, batch_size, steps):
-    """The same from features that were extracted once, L x (M, D), in an order of its own for each epoch."""
-    for step in steps:
-        epoch, batch = divmod(step, len(labels) // batch_size)
-        order = sdssl.shuffled(len(labels), "order", epoch)[batch * batch_size :][:batch_size]
-        chosen = order.chunk(sdssl.world_size())[sdssl.rank()].to(labels.device, non_blocking=True)
-        yield [x[chosen] for x in features], labels[chosen]
+# ---- Training: what probing and fine-tuning share ----
+
+
+class Training:
+    """Modules that are trained, their optimiser, and the file in which both are kept."""
+
+    def __init__(self, path, settings, modules, optimizer):
+        self.path = path  # None: keep nothing
+        self.settings = settings
+        self.modules = modules
+        self.optimizer = optimizer
+
+    def resume(self):
+        """Load the file, if it is there; returns the number of steps that are done."""
+        if self.path is None or not self.path.exists():
+            return 0
+        state = sdssl.load_checkpoint(self.path)
+        if state.get("settings") != self.settings:
+            there = state.get("settings")
+            raise UserError(f"{self.path} is of {there}, not of {self.settings}: move it away")
+        with sdssl.user_error(f"{self.path} is another version's: move it away", RuntimeError, KeyError):
+            self.modules.load_state_dict(state["trained"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            return state["step"]
+
+    def save(self, step):
+        """Write the file."""
+        if self.path is None or sdssl.rank() > 0:
+            return
+        state = dict(
+            trained=self.modules.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=step,
+            settings=self.settings,
+        )
+        sdssl.write_whole(self.path, partial(torch.save, state))
+
+    def fit(self, data, steps, loss, warmup, peak):
+        """Minimise loss(layers, classes) over the steps, at a learning rate with this peak."""
+        total = steps.stop
+        batches = data.cached(steps) if data.args.cached else data.augmented(steps)
+        bar = tqdm(batches, total=total, initial=steps.start, disable=sdssl.rank() > 0)
+        parameters = [p for p in self.modules.parameters() if p.requires_grad]
+        for step, (layers, y) in zip(steps, bar):
+            rate = sdssl.learning_rate(step, total, warmup, peak)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
+            self.optimizer.zero_grad()
+            loss(layers, y).backward()
+            average_gradients(parameters)
+            self.optimizer.step()
+            if (step + 1) % data.steps_per_epoch == 0:
+                self.save(step + 1)
+
+
+def probe(data, path, settings):
+    """Train a probe on every layer at each of the rates. Returns {column: a number for each layer}:
+    the rate that was best on the held-out images, and what it reaches on the validation images."""
+    args = data.args
+    backbone = data.network.backbone.requires_grad_(False)
+    held_out, held_y = data.extract(data.train, data.held_out)
+    torch.manual_seed(0)  # the same probes on all ranks
+    start = nn.ModuleList(Probe(x, data.num_classes) for x in held_out).to(data.device)
+    probes = nn.ModuleList(copy.deepcopy(start) for _ in args.lrs)  # all rates start alike
+    groups = []
+    for rate, of_rate in zip(args.lrs, probes):
+        groups.append(dict(params=list(of_rate.parameters()), scale=rate / args.lrs[0]))
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+
+    def loss(layers, y):
+        losses = []
+        for of_rate in probes:
+            losses += [F.cross_entropy(probe(x), y) for probe, x in zip(of_rate, layers)]
+        return sum(losses)
+
+    training = Training(path, settings, nn.ModuleList([probes]), optimizer)
+    steps = range(training.resume(), args.epochs * data.steps_per_epoch)
+    backbone.eval()
+    training.fit(data, steps, loss, warmup=0, peak=args.lrs[0] * args.batch_size / 256)
+
+    val, val_y = data.extract(data.val, torch.arange(len(data.val)))
+    columns = {"lr": [], "top-5": [], "top-1": []}
+    for layer, (x, held_x) in enumerate(zip(val, held_out)):
+        scores = [accuracy(of_rate[layer](held_x), held_y) for of_rate in probes]
+        best = scores.index(max(scores))
+        logits = probes[best][layer](x)
+        columns["lr"].append(args.lrs[best])
+        columns["top-5"].append(accuracy(logits, val_y, k=5))
+        columns["top-1"].append(accuracy(logits, val_y))
+    return columns
+
+
+def layer_depth(name, depth):
+    """How far a parameter is from the image: 0 for what is before the first layer, 1 to `depth` in
+    the layers, depth + 1 for the final norm."""
+    if name.startswith("norm"):
+        return depth + 1
+    found = re.match(r"(blocks\.|layer)(\d+)", name)
+    if found is None:
+        return 0
+    return int(found[2]) + 1 if found[1] == "blocks." else int(found[2])  # layer1 is the first
+
+
+def finetuning_groups(backbone, classifier, weight_decay=0.05, decay=0.75):
+    """A group for each depth, with its part of the learning rate: `decay` to the power of its
+    distance from the classifier; and one for what has no weight decay there: biases, norms, [CLS]
+    and positions."""
+    top = len(backbone.widths) + 1
+    groups = {}
+    for name, p in backbone.named_parameters():
+        decayed = p.ndim > 1 and name not in ("cls_token", "pos_embed")
+        groups.setdefault((layer_depth(name, top - 1), decayed), []).append(p)
+    for p in classifier.parameters():
+        groups.setdefault((top, p.ndim > 1), []).append(p)
+    found = []
+    for (depth, decayed), params in groups.items():
+        scale = decay ** (top - depth)
+        found.append(dict(params=params, scale=scale, weight_decay=weight_decay * decayed))
+    return found
+
+
+def finetune(data, path, settings):
+    """Train the network and a classifier on its last layer. Returns {column: [a number]}: the
+    learning rate, and what is reached on the validation images."""
+    args = data.args
+    backbone = data.network.backbone
+    features, _ = data.extract(data.train, data.held_out)
+    torch.manual_seed(0)  # the same classifier on all ranks
+    classifier = Probe(features[-1], data.num_classes).to(data.device)
+    backbone.requires_grad_(True)
+    optimizer = torch.optim.AdamW(finetuning_groups(backbone, classifier), fused=True)
+
+    def loss(layers, y):
+        return F.cross_entropy(classifier(layers[-1]), y, label_smoothing=0.1)
+
+    training = Training(path, settings, nn.ModuleList([classifier, backbone]), optimizer)
+    total = args.epochs * data.steps_per_epoch
+    steps = range(training.resume(), total)
+    backbone.train()
+    peak = args.lrs[0] * args.batch_size / 256
+    training.fit(data, steps, loss, warmup=total / 20, peak=peak)
+
+    features, val_y = data.extract(data.val, torch.arange(len(data.val)))
+    logits = classifier(features[-1])
+    return {
+        "lr": [args.lrs[0]],
+        "top-5": [accuracy(logits, val_y, k=5)],
+        "top-1": [accuracy(logits, val_y)],
+    }
 
 
 def run(argv=None):
-    """Probe or fine-tune what the command line names. Raises UserError for anything the user can change."""
+    """Probe or fine-tune what the command line names. Raises UserError for anything the user can
+    change."""
     parser = eval_knn.network_parser("eval_linear.py", __doc__)
     parser.add_argument("--cached", action="store_true")
     parser.add_argument("--finetune", action="store_true")
-    parser.add_argument("--epochs", default=90, **sdssl.count)
-    parser.add_argument("--batch-size", default=1024, **sdssl.count)
-    parser.add_argument("--lrs", nargs="+", **sdssl.between(float, 1e-9, 1e3))
+    parser.add_argument("--epochs", type=sdssl.number(int, 1), default=90)
+    parser.add_argument("--batch-size", type=sdssl.number(int, 1), default=1024)
+    parser.add_argument("--lrs", type=sdssl.number(float, 1e-9, 1e3), nargs="+")
     args, flags = parser.parse_known_args(argv)
-    rates = args.lrs or ([5e-4] if args.finetune else [0.03, 0.1, 0.3, 1.0, 3.0])
-    if args.finetune and (args.cached or len(rates) > 1):
-        raise sdssl.UserError("--finetune takes one learning rate in --lrs, and goes without --cached")
+    if args.lrs is None:
+        args.lrs = [5e-4] if args.finetune else [0.03, 0.1, 0.3, 1.0, 3.0]
+    if args.finetune and (args.cached or len(args.lrs) > 1):
+        raise UserError("--finetune takes one learning rate in --lrs, and goes without --cached")
     device = sdssl.set_up(args.device)
     if args.batch_size % sdssl.world_size():
-        raise sdssl.UserError(f"--batch-size must be a multiple of {sdssl.world_size()} ranks")
-    backbone, data, min_crop, step = eval_knn.open_network(args.checkpoint, args, flags)
-    size, backbone = backbone.architecture["img_size"], backbone.to(device)
-    train_set, val_set = eval_knn.open_parts(data)
-    labels = eval_knn.labels_of(train_set)
-    order = torch.randperm(len(train_set), generator=sdssl.seeded("held out"))  # sets come sorted by class
-    held_out, learned = order[: len(order) // 10], order[0 if args.finetune else len(order) // 10 :]
-    if len(held_out) < 2 or len(learned) < args.batch_size:
-        raise sdssl.UserError(f"{len(learned)} training images: too few for --batch-size {args.batch_size}")
-    steps_per_epoch = len(learned) // args.batch_size
-    total, first = args.epochs * steps_per_epoch, 0
+        raise UserError(f"--batch-size must be a multiple of {sdssl.world_size()} ranks")
+    network = eval_knn.open_network(args.checkpoint, args, flags)
+    network.backbone.to(device)
+    data = Data(network, args, device)
 
-    def extract(source, numbers):
-        """Every layer of these images' centre crops, L x (n, D), and their labels, whole on every rank."""
-        crops = Subset(sdssl.CentreCrops(source, size), numbers.tolist())
-        features, y, n = sdssl.extract(backbone, crops, device, args.workers, device.type == "cuda")
-        return [sdssl.gather_images(x, n).to(device) for x in features], sdssl.gather_images(y, n).to(device)
-
-    probed = slice(-1 if args.finetune else 0, None)  # fine-tuning classifies from the last layer
-    features, held_labels = extract(train_set, held_out)
-    torch.manual_seed(0)  # the same probes on all ranks
-    start = nn.ModuleList(Probe(x, 1 + int(labels.max())) for x in features[probed]).to(device)
-    probes = nn.ModuleList(copy.deepcopy(start) for _ in rates)  # R lists of L, starting alike
-    backbone.requires_grad_(args.finetune)
-    trained = nn.ModuleList([probes, backbone] if args.finetune else [probes])
-    if args.finetune:
-        optimizer = torch.optim.AdamW(finetuning_groups(backbone, probes), fused=True)
-    else:
-        groups = [dict(params=[*layers.parameters()], scale=r / rates[0]) for layers, r in zip(probes, rates)]
-        optimizer = torch.optim.SGD(groups, momentum=0.9)
-    chief, keep = sdssl.rank() == 0, args.checkpoint != "random"
     mode = "finetune" if args.finetune else "cached" if args.cached else "linear"
-    path = Path(f"{args.checkpoint.removesuffix('.pt')}-{mode}-{Path(data).name}-{args.which}.pt")
-    settings = dict(data=data, num_heads=args.num_heads, step=step, epochs=args.epochs,
-                    batch_size=args.batch_size, lrs=rates)  # fmt: skip
-    if keep and path.exists():
-        state = sdssl.load_checkpoint(path)
-        if state["settings"] != settings:
-            raise sdssl.UserError(f"{path} is of {state['settings']}, not of {settings}: move it away")
-        trained.load_state_dict(state["trained"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    steps = range(first, total)
-    if args.cached:
-        batches = cached(*extract(train_set, learned), args.batch_size, steps)
-    else:
-        dataset = sdssl.TrainingCrops(train_set, learned, args.batch_size, size, min_crop, "linear", crops=1)
-        batches = augmented(backbone, dataset, labels, steps, device, args.workers)
-    backbone.train(args.finetune)
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    for step, (layers, y) in zip(steps, tqdm(batches, total=total, initial=first, disable=not chief)):
-        rate = sdssl.learning_rate(step, total, total / 20 * args.finetune, rates[0] * args.batch_size / 256)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
-        logits = [probe(x) for layer_probes in probes for probe, x in zip(layer_probes, layers[probed])]
-        loss = sum(F.cross_entropy(x, y, label_smoothing=0.1 * args.finetune) for x in logits)
-        optimizer.zero_grad()
-        loss.backward()
-        average_gradients(parameters)
-        optimizer.step()
-        if (step + 1) % steps_per_epoch == 0 and chief and keep:
-            state = dict(trained=trained.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-            sdssl.write_whole(path, partial(torch.save, state | dict(settings=settings)))
-
-    val, val_labels = extract(val_set, torch.arange(len(val_set)))
-    rows = []
-    for layer, (x, held_x) in enumerate(zip(val[probed], features[probed])):
-        best = max(range(len(rates)), key=lambda r: accuracy(probes[r][layer](held_x), held_labels))
-        logits = probes[best][layer](x)
-        rows.append([rates[best], accuracy(logits, val_labels, 5), accuracy(logits, val_labels)])
-    columns = dict(zip(["lr", "top-5", "top-1"], zip(*rows)))
-    if chief:
-        print(sdssl.layer_table(f"{mode}, accuracy (%), {args.checkpoint} on {data}", columns))
-        if keep:
-            key = f"{Path(args.checkpoint).name} on {data}, {args.which}, step {settings['step']}, {mode}"
-            eval_knn.add_result(path.with_name("linear.json"), key, settings | columns)
+    read = f"-{args.pool}" if args.pool else ""
+    stem = args.checkpoint.removesuffix(".pt")
+    path = Path(f"{stem}-{mode}-{Path(network.data).name}-{args.which}{read}.pt")
+    settings = dict(
+        data=network.data,
+        num_heads=args.num_heads,
+        step=network.step,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lrs=args.lrs,
+    )
+    kept = None if args.checkpoint == "random" else path
+    evaluate = finetune if args.finetune else probe
+    columns = evaluate(data, kept, settings)
+    title = f"{mode}, accuracy (%), {args.checkpoint} on {network.data}"
+    if sdssl.rank() > 0:
+        return
+    print(sdssl.layer_table(title, columns))
+    if kept:
+        name = Path(args.checkpoint).name
+        key = f"{name} on {network.data}, {args.which}{read}, step {network.step}, {mode}"
+        eval_knn.add_result(path.with_name("linear.json"), key, settings | columns)
 
 
 def main(argv=None):

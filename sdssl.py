@@ -1,159 +1,187 @@
 # SPDX-License-Identifier: MIT
-"""SDSSL in one file: Self-Distilled Self-supervised Representation Learning (Jang et al., WACV 2023).
+"""SDSSL in one file: Self-Distilled Self-supervised Representation Learning (WACV 2023).
 
-While a ViT learns by SimCLR, BYOL or MoCo v3, every intermediate layer also learns from the final layer's
-target z_L (the momentum teacher's projection; SimCLR, which has no teacher, takes h_L itself), by a
-projection h_l and (but for SimCLR) a prediction q_l = pred_l(h_l). The whole idea is
+A vision transformer learns without labels, by SimCLR, BYOL or MoCo v3: what its last layer says
+about one view of an image should match a target that was made from another view. SDSSL lets every
+lower layer learn from that same target. Layer l gets a projector and a predictor of its own,
 
-    loss = L_ssl(q_L, z_L)                               the framework itself, Eqs. 1 and 2
-         + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))        intermediate self-distillation, Eq. 3
-         + beta * sum_l L_ssl(pred_l(sg(h_l)), sg(z_L))  keeps the predictors optimal, Eq. 5; together Eq. 6
+    h_l = projector_l(layer l)    and    q_l = predictor_l(h_l),
 
-    python sdssl.py                                               # SD-SimCLR on drawn glyphs, for laptops
-    python sdssl.py --framework byol --no-distill                 # any framework, with or without SD
-    torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet # one server; many nodes: README.md
+and the target z_L is the last layer's projection by a momentum teacher. With L_ssl, the framework's
+own loss, and sg, which stops the gradient, the whole idea is one line, Eq. 6 of the paper:
 
-Read from top to bottom, the method first: ViT -> heads -> losses -> objective -> views -> data -> k-NN
--> settings -> training. Parts 1 to 4 need nothing below them: copy freely. "Section" means the paper's.
+    loss = L_ssl(q_L, z_L)                                     the framework itself, Eqs. 1 and 2
+         + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
+         + beta * sum_l L_ssl(predictor_l(sg(h_l)), sg(z_L))   keeps predictors good, Eq. 5
 
-B images in this rank's batch, N tokens, D embedding width, L layers, C of them with heads, E head output.
-Views are an axis of length 2: z (2, B, E) has view 1's targets in z[0], 2's in z[1]; z.flip(0) crosses them.
+SimCLR has neither a teacher nor predictors. There z_L is h_L, q_l is h_l, and the last term is
+missing, which makes it Eq. 4.
+
+    python sdssl.py                                                # SD-SimCLR on drawn glyphs
+    python sdssl.py --framework byol --no-distill                  # plain BYOL
+    torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet  # a server with eight GPUs
+
+Read from top to bottom. The method comes first: 1 ViT, 2 ranks, 3 heads, 4 losses, 5 objective,
+6 one step. Then what a run needs: 7 views, 8 data, 9 k-NN, 10 settings, 11 a folder is a run,
+12 training. Beside the method stand, at the end, 13 ResNet and Distill-on-the-Go. Parts 1 to 5 need
+nothing that stands below them: copy freely. "Section" and "Eq." are always the paper's.
+
+Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, E head output. C of
+the layers have heads: in general all of them. Two views of an image are an axis of length 2: in z
+of shape (2, B, E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) crosses them.
 """
+
 import argparse
 import contextlib
 import copy
-import inspect
-import itertools
 import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from collections import OrderedDict
-from dataclasses import dataclass, fields
-from functools import cache, lru_cache, partial
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache, partial
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# ---- 1. The backbone: a ViT that returns [CLS] after every block; parameter names are timm's ----
+# ---- 1. The backbone: a ViT that returns every layer's representation; its names are timm's ----
+
 
 def sincos_2d(dim, height, width):
-    """Fixed 2-D sine-cosine positions (height * width, dim), row-major, as in MoCo v3: a quarter of the
-    channels each for sin(row), cos(row), sin(col), cos(col). dim is a multiple of 4."""
+    """Fixed 2-D sine-cosine positions (height * width, dim), row by row, as in MoCo v3: a quarter
+    of the channels each for sin(row), cos(row), sin(column), cos(column). dim is a multiple of
+    4."""
     omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    row, col = (torch.arange(length)[:, None] * omega for length in (height, width))  # (length, dim / 4)
-    row, col = row.repeat_interleave(width, 0), col.repeat(height, 1)  # (height * width, dim / 4)
-    return torch.cat([row.sin(), row.cos(), col.sin(), col.cos()], dim=1)
+    row = torch.arange(height)[:, None] * omega  # (height, dim / 4)
+    column = torch.arange(width)[:, None] * omega  # (width, dim / 4)
+    row = row.repeat_interleave(width, dim=0)  # (height * width, dim / 4)
+    column = column.repeat(height, 1)  # (height * width, dim / 4)
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
 
 
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(d)) v, every head on its own: q (B, heads, M, d), k and v (B, heads, N, d)."""
+    """softmax(q k^T / sqrt(d)) v in every head: q (B, heads, M, d), k and v (B, heads, N, d)."""
     if q.is_cuda or not q.requires_grad:
-        return F.scaled_dot_product_attention(q, k, v)  # in one kernel, whose backward is slow on CPUs
-    return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v)
+    # the same, written out: on a CPU the fused kernel's backward is slow
+    return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, (B, N, D) -> (B, M, D): the first M tokens, all of them if M is None."""
+    """Pre-norm transformer block, (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.recompute = False  # in backward, instead of keeping what is inside: less memory, a third more time
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        mlp = OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
-        self.mlp = nn.Sequential(mlp)
+        layers = OrderedDict(
+            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)
+        )
+        self.mlp = nn.Sequential(layers)
 
-    def forward(self, x, M=None):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, M, use_reentrant=False, preserve_rng_state=False)
-        return self.compute(x, M)
-
-    def compute(self, x, M):
-        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, d)
-        attended = attention(q[:, :, :M], k, v).transpose(1, 2).flatten(2)  # (B, M, D)
-        x = x[:, :M] + self.attn.proj(attended)
+    def forward(self, x, cls_only=False):
+        """cls_only: compute the first token alone, (B, 1, D); it still attends to all N."""
+        qkv = self.attn.qkv(self.norm1(x))  # (B, N, 3 D)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
+        q, k, v = qkv.unbind(2)  # (B, heads, N, d) each
+        if cls_only:
+            q = q[:, :, :1]
+            x = x[:, :1]
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)  # as x
+        x = x + self.attn.proj(attended)
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in MoCo v3: sine-cosine positions and a random patch projection, both frozen (section 4.1). (B,
-    3, img_size, img_size) -> L x (B, D), [CLS] after every block through the shared final LayerNorm. Raises
-    ValueError if patches do not tile the image, or heads and positions do not divide the width."""
+    """ViT as in MoCo v3: sine-cosine positions and a random patch projection, both frozen (section
+    4.1). Images (B, 3, img_size, img_size) -> a list of L representations (B, D), one a layer.
 
-    def __init__(self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=12):
+    pool: what represents a layer, through the final LayerNorm that all layers share: "cls", the
+    [CLS] token after the layer's block (the paper), or "patches", the mean of the other tokens.
+
+    Raises ValueError if patches do not tile the image, or heads and positions not the width."""
+
+    def __init__(
+        self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=12, pool="cls"
+    ):
         super().__init__()
-        if img_size % patch_size or embed_dim % num_heads or embed_dim % 4:
-            raise ValueError(f"image size {img_size} must be divisible by patch size {patch_size}, "
-                             f"embedding width {embed_dim} by 4 and by {num_heads} heads")  # fmt: skip
-        self.widths = [embed_dim] * depth  # of the representation after each layer: all SDSSL needs to know
+        if img_size % patch_size:
+            raise ValueError(f"image size {img_size} must be divisible by patch size {patch_size}")
+        if embed_dim % num_heads or embed_dim % 4:
+            raise ValueError(f"width {embed_dim} must be divisible by 4 and by {num_heads} heads")
+        if pool not in ("cls", "patches"):
+            raise ValueError(f"pool must be cls or patches, not {pool!r}")
+        self.pool = pool
+        self.widths = [embed_dim] * depth  # of each layer's representation: all that SDSSL asks for
+        self.recompute = (
+            False  # what is inside a block, in backward: less memory, a third more time
+        )
         grid = img_size // patch_size
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)})
+        conv = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = nn.ModuleDict(dict(proj=conv))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        positions = torch.cat([torch.zeros(1, embed_dim), sincos_2d(embed_dim, grid, grid)])  # [CLS] has none
+        no_position = torch.zeros(1, embed_dim)  # [CLS] has none
+        positions = torch.cat([no_position, sincos_2d(embed_dim, grid, grid)])
         self.pos_embed = nn.Parameter(positions[None], requires_grad=False)
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.init_weights()
+        self.patch_embed.requires_grad_(False)  # MoCo v3's cure for unstable ViT training
+
+    def init_weights(self):
+        """As in MoCo v3: xavier-uniform matrices, zero biases."""
         nn.init.normal_(self.cls_token, std=1e-6)
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_out, fan_in = module.weight.flatten(1).shape
                 if name.endswith("qkv"):
-                    fan_out //= 3  # xavier for q, k and v each, not for their stack
+                    fan_out //= 3  # q, k and v are three matrices, which only lie in one
                 bound = math.sqrt(6 / (fan_in + fan_out))
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
-        self.patch_embed.requires_grad_(False)  # MoCo v3's cure for unstable ViT training
 
     def forward(self, x):
-        x = self.patch_embed.proj(x).flatten(2).mT  # (B, N - 1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
-        cls = []
-        for block in self.blocks:  # of the last block only [CLS] is computed: nobody reads its patches
-            x = block(x, M=1 if block is self.blocks[-1] else None)
-            cls.append(self.norm(x[:, 0]))
-        return cls
+        x = self.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N - 1, D)
+        cls = self.cls_token.expand(x.shape[0], -1, -1)  # (B, 1, D)
+        x = torch.cat([cls, x], dim=1) + self.pos_embed  # (B, N, D)
+        layers = []
+        for number, block in enumerate(self.blocks, start=1):
+            # nobody looks at the last block's patches, unless they represent the layer
+            cls_only = number == len(self.blocks) and self.pool == "cls"
+            if self.recompute:
+                x = checkpoint(block, x, cls_only, use_reentrant=False)
+            else:
+                x = block(x, cls_only)
+            pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)  # (B, D)
+            layers.append(self.norm(pooled))
+        return layers
 
 
-class ResNet(nn.Module):
-    """torchvision's resnet18, resnet50, ... for section 4.6: (B, 3, H, W) -> the four stages, average-pooled,
-    4 x (B, D_l). Images of 64 pixels and less get the small stem: a 3x3 convolution, no pooling."""
+# ---- 2. Ranks: the processes that train together, each on its part of the batch ----
+#
+# Each rank has equally many images, and its loss is the mean over those. DistributedDataParallel
+# averages the ranks' gradients. All together that is the gradient of one process on the joined
+# batch, if two things hold: heads and losses see the images of all ranks, and gradients flow back.
 
-    def __init__(self, name="resnet50", img_size=224):
-        super().__init__()
-        net = getattr(torchvision.models, name)(zero_init_residual=True)
-        if img_size <= 64:
-            net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        self.widths = [width * net.layer1[0].expansion for width in (64, 128, 256, 512)]
-        for name, module in net.named_children():
-            if name not in ("avgpool", "fc"):
-                self.add_module(name, module)
-        self.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
-
-    def forward(self, x):
-        pooled = []
-        for name, module in self.named_children():  # conv1, bn1, relu, maxpool, layer1, ..., layer4
-            x = module(x)
-            if name.startswith("layer"):
-                pooled.append(x.mean((2, 3)))
-        return pooled
-
-
-# ---- 2. Heads, side by side; their BatchNorm sees the images of all ranks, if there is a process group ----
 
 def rank():
     """This process's number among world_size(); 0 without a process group."""
@@ -165,13 +193,14 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# the newer name of the same function: the older one warns from torch 2.14 on
+# torch 2.14 gave all_gather_into_tensor this name, and warns of the older one
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather with gradients. Every rank's loss depends on our x, so backward sums all their gradients of
-    x, not only our own loss's. After DDP's mean over ranks: as one process on the joined batch."""
+    """all_gather with gradients. The losses of all ranks depend on this rank's x, so its gradient
+    is the sum of what they all say; DDP then makes a mean of the sum, as a mean over images is
+    due."""
 
     @staticmethod
     def forward(ctx, x):
@@ -188,156 +217,226 @@ class _Gather(torch.autograd.Function):
 
 def gather(x):
     """x (...) of every rank -> (ranks, ...), differentiable."""
-    return _Gather.apply(x.contiguous()) if world_size() > 1 else x[None]
+    if world_size() == 1:
+        return x[None]
+    return _Gather.apply(x.contiguous())
+
+
+# ---- 3. Heads: MLPs side by side; their BatchNorm sees the images of all ranks ----
 
 
 def standardise(x):
     """BatchNorm without scale and shift, in float32: x (..., B) over the images of all ranks."""
     x = x.float()
     if world_size() == 1:
-        return F.layer_norm(x, x.shape[-1:])  # over B, the last axis: the same in one kernel
+        return F.layer_norm(x, x.shape[-1:])  # it standardises the last axis: here, the images
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    var, mean = gather(torch.stack([var, mean])).unbind(1)  # of every rank's images: (ranks, ..., 1)
-    var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)  # ranks have equally many
+    var, mean = gather(torch.stack([var, mean])).unbind(1)  # each rank's own: (ranks, ..., 1)
+    var = var.mean(0) + mean.var(0, correction=0)  # within the ranks, and between them
+    mean = mean.mean(0)
     return (x - mean) * (var + 1e-5).rsqrt()
 
 
 class Heads(nn.Module):
-    """K = num_heads equal MLPs side by side, (K, 2, B, widths[0]) -> (K, 2, B, widths[-1]): head k for x[k].
-    As in MoCo v3: no biases; hidden layers BatchNorm + ReLU; the output BatchNorm has no scale and shift, and
-    BYOL goes without it (last_bn=False). Statistics are one view's, never running: no head is evaluated."""
+    """Several equal MLPs side by side, (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]):
+    each layer's representations go through a copy of their own, in as few operations as one. A copy
+    is
 
-    def __init__(self, num_heads, widths, last_bn=True):
+        nn.Sequential(
+            nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(),
+            nn.Linear(widths[1], widths[2], bias=False), nn.BatchNorm1d(widths[2]), nn.ReLU(),
+            ...,
+            nn.Linear(widths[-2], widths[-1], bias=False), nn.BatchNorm1d(widths[-1], affine=False))
+
+    in training mode: statistics are of the batch, for each view alone. Running ones are not kept,
+    for no head is ever evaluated. last_bn: whether there is the last BatchNorm; BYOL has none."""
+
+    def __init__(self, copies, widths, last_bn=True):
         super().__init__()
-        shapes = zip(widths[1:], widths)  # below, in +- 1 / sqrt(in), as nn.Linear draws
-        self.weights = nn.ParameterList((2 * torch.rand(num_heads, o, i) - 1) / i**0.5 for o, i in shapes)
-        self.scales = nn.ParameterList(torch.ones(num_heads, width, 1, 1) for width in widths[1:-1])
-        self.shifts = nn.ParameterList(torch.zeros(num_heads, width, 1, 1) for width in widths[1:-1])
         self.last_bn = last_bn
+        self.weights = nn.ParameterList()
+        for fan_in, fan_out in zip(widths, widths[1:]):
+            uniform = 2 * torch.rand(copies, fan_out, fan_in) - 1
+            self.weights.append(uniform / fan_in**0.5)  # as nn.Linear draws its weights
+        hidden = widths[1:-1]
+        self.scales = nn.ParameterList(torch.ones(copies, width, 1, 1) for width in hidden)
+        self.shifts = nn.ParameterList(torch.zeros(copies, width, 1, 1) for width in hidden)
 
     def forward(self, x):
-        x = x.permute(0, 3, 1, 2)  # (K, widths[0], 2, B): images last, where BatchNorm reads them in a row
-        for i, weight in enumerate(self.weights):
-            x = (weight @ x.flatten(2)).unflatten(2, (2, -1))  # K products at once, (out, in) @ (in, 2B)
-            if i < len(self.scales):
-                x = F.relu(standardise(x) * self.scales[i] + self.shifts[i])
-            elif self.last_bn:
-                x = standardise(x)
+        x = x.permute(
+            0, 3, 1, 2
+        )  # (copies, widths[0], 2, B): images last, where standardise wants them
+        for weight, scale, shift in zip(self.weights, self.scales, self.shifts):
+            x = self.linear(weight, x)
+            x = F.relu(standardise(x) * scale + shift)
+        x = self.linear(self.weights[-1], x)
+        if self.last_bn:
+            x = standardise(x)
         return x.permute(0, 2, 3, 1)
 
+    def linear(self, weight, x):
+        """Every copy's product at once: weight (copies, out, in), x (copies, in, 2, B)."""
+        return (weight @ x.flatten(2)).unflatten(2, (2, -1))  # (copies, out, 2, B)
 
-# ---- 3. Losses: pure functions of tensors, one value for each leading index ----
+
+# ---- 4. Losses: pure functions of tensors, one value for each leading index ----
+
 
 def all_ranks(z):
-    """z (..., B, E) of every rank -> (..., ranks * B, E), in float32: gradients are summed over ranks."""
+    """z (..., B, E) of every rank -> (..., ranks * B, E), in float32, differentiable."""
     return gather(z.float()).movedim(0, -3).flatten(-3, -2)
 
 
 def similarity(q, keys, tau):
-    """Logits (..., B, M): cosine similarities of q (..., B, E) and keys (..., M, E), over tau; in float32,
-    for in half precision a softmax at tau 0.2 loses the small differences it is about."""
+    """Logits (..., B, M): cosine similarities of q (..., B, E) and keys (..., M, E), over tau. In
+    float32, for a softmax at tau = 0.2 is about differences that half precision loses."""
     with torch.autocast(q.device.type, enabled=False):
-        return F.normalize(q.float(), dim=-1) / tau @ F.normalize(keys.float(), dim=-1).mT
+        q = F.normalize(q.float(), dim=-1)
+        keys = F.normalize(keys.float(), dim=-1)
+        return q / tau @ keys.transpose(-2, -1)
 
 
-def own_images(logits):
-    """Where in logits (..., B, ranks * B) each anchor meets its own image: (..., B), not a copy."""
-    return logits.diagonal(rank() * logits.shape[-2], -2, -1)
+def positives(logits):
+    """Each anchor's logit with the key of its own image: (..., B) of logits (..., B, ranks * B)."""
+    return logits.diagonal(offset=rank() * logits.shape[-2], dim1=-2, dim2=-1)
 
 
 def ctr(q, z, tau=0.2):
-    """Contrastive loss, Eq. 2 as in Algorithm 1: 2 tau * cross entropy of <q, z> / tau, mean over images.
-    Anchors q, the other view's keys z: (..., B, E), broadcast -> (...). Negatives: others, of all ranks."""
+    """Contrastive loss, Eq. 2 as in Algorithm 1, of anchors q and the other view's keys z, both
+    (..., B, E) or broadcast to it -> (...). It is 2 tau times the cross entropy of <q, z> / tau
+    with the image's own key as the class, mean over images; negatives are all other images' keys,
+    on all ranks. (Cross entropy, written out: -log(exp(positive) / sum exp) = logsumexp -
+    positive.)"""
     logits = similarity(q, all_ranks(z), tau)  # (..., B, ranks * B)
-    return 2 * tau * (logits.logsumexp(-1) - own_images(logits)).mean(-1)
+    return 2 * tau * (logits.logsumexp(-1) - positives(logits)).mean(-1)
 
 
 def byol_loss(q, z):
-    """Eq. 1: 2 - 2 cos(q, z), mean over images. q and the other view's z (..., B, E), broadcast -> (...)."""
+    """Eq. 1: 2 - 2 cos(q, z), mean over images, of q and the other view's z (..., B, E) ->
+    (...)."""
     return 2 - 2 * F.cosine_similarity(q.float(), z.float(), dim=-1).mean(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss, 2 tau * cross entropy with anchors q (..., 2, B, E) and keys z (2, B, E), which
-    are crossed here; both directions summed -> (...). Negatives: both views of all ranks' other images; an
-    anchor never meets its own image's key of the same view. nt_xent(z, z) is plain SimCLR."""
+    """SimCLR's loss, Eq. 2 with its negatives: anchors q (..., 2, B, E) and keys z (2, B, E), which
+    are crossed in here; both directions are summed -> (...). nt_xent(z, z) is plain SimCLR.
+
+    The positive is the own image's key of the other view. Negatives are both views' keys of all
+    other images, on all ranks; the own image's key of the anchor's own view is neither."""
     keys = all_ranks(z)  # (2, ranks * B, E)
-    # across: anchors of view 1 with keys of view 2, and back; within: with their own view's keys
-    across, within = similarity(q, keys.flip(0), tau), similarity(q, keys, tau)
-    own_images(within).fill_(-torch.inf)
-    everything = torch.logaddexp(across.logsumexp(-1), within.logsumexp(-1))
-    return 2 * tau * (everything - own_images(across)).mean(-1).sum(-1)
+    across = similarity(q, keys.flip(0), tau)  # view 1's anchors with view 2's keys, and back
+    within = similarity(q, keys, tau)  # with keys of their own view
+    B, M = within.shape[-2:]
+    place = rank() * B + torch.arange(B, device=q.device)  # of this rank's images among all
+    own = place[:, None] == torch.arange(M, device=q.device)  # (B, ranks * B)
+    within = within.masked_fill(own, -torch.inf)
+    total = torch.logaddexp(across.logsumexp(-1), within.logsumexp(-1))
+    return 2 * tau * (total - positives(across)).mean(-1).sum(-1)
 
 
-# ---- 4. The objective: Algorithm 1 of the paper, for all three frameworks ----
+# ---- 5. The objective: Algorithm 1, for all three frameworks ----
 
 FRAMEWORKS = ("simclr", "byol", "mocov3")
 
 
 class SDSSL(nn.Module):
-    """Self-distilled SimCLR, BYOL or MoCo v3 around a backbone; distill=False is the plain framework.
-    backbone: a module with `widths`, one per layer, none larger than the last, whose forward returns layers'
-    representations. hidden_dim: of the last projector and all predictors, half of it in the other projectors.
-    out_dim: E. tau: temperature. beta: weight of the predictor loss. For Table 6: every: distil only each
-    so-many-th layer; mid_layers: of the intermediate projectors, 2 or 3. ValueError if none can be built."""
+    """Self-distilled MoCo v3, BYOL or SimCLR; without `distill`, the plain framework.
 
-    def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256, tau=0.2,
-                 beta=1.0, every=1, mid_layers=3):  # fmt: skip
+    Why should lower layers follow the last one? A layer that already tells images apart leaves the
+    layers above an easier task (section 1). And why are predictors trained by a term of their own?
+    The frameworks rest on a predictor that is near its optimum (BYOL; section 3.2), and those of
+    the lower layers would learn from a loss that is weighted by alpha, which starts at 0.
+
+    backbone: a module with `widths`, one a layer and none above the last one's, whose forward
+        returns as many representations (B, width)
+    hidden_dim: of the last projector and all predictors; the other projectors have half of it
+    out_dim: E; tau: temperature of the contrastive losses; beta: weight of Eq. 5
+    every: distil only each so-many-th layer, counted from the last one (Table 6)
+    mid_layers: linear layers of the intermediate projectors, 2 or 3 (Table 6)
+
+    Raises ValueError for what cannot be built, and in the first step if the backbone's widths are
+    not what it says."""
+
+    def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256,
+                 tau=0.2, beta=1.0, every=1, mid_layers=3):  # fmt: skip
         super().__init__()
-        L, width = len(backbone.widths), backbone.widths[-1]
+        L = len(backbone.widths)
+        width = backbone.widths[-1]
         if framework not in FRAMEWORKS:
             raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {framework!r}")
+        if max(backbone.widths) > width:
+            raise ValueError(f"the last layer must be the widest, but widths are {backbone.widths}")
         if distill and not 1 <= every < L:
-            raise ValueError(f"of {L} layers, every 1st to {L - 1}-th can be distilled, not every {every}-th")
-        self.framework, self.distill, self.tau, self.beta = framework, distill, tau, beta
-        self.chosen = [*range((L - 1) % every, L, every)] if distill else [L - 1]  # every=4 of 12: 3, 7, 11
-        self.batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
-        self.predictor = self.teacher = self.teacher_projector = None
-        self.mid_projectors = self.mid_predictors = None
+            raise ValueError(f"every must be from 1 to {L - 1} with {L} layers, not {every}")
+        self.framework = framework
+        self.distill = distill
+        self.tau = tau
+        self.beta = beta
+        batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        self.batch_norm = any(isinstance(module, batch_norms) for module in backbone.modules())
+        if distill:
+            self.with_heads = list(range((L - 1) % every, L, every))  # every=4 of 12: 3, 7, 11
+        else:
+            self.with_heads = [L - 1]
+        # the plain framework first: distilled or not, it starts from the same random numbers
         last_bn = framework != "byol"
-        # the plain framework first: it starts from the same weights with and without self-distillation
         self.backbone = backbone
         self.projector = Heads(1, [width, hidden_dim, hidden_dim, out_dim], last_bn)
+        self.predictor = None
+        self.teacher = None
+        self.teacher_projector = None
+        self.mid_projectors = None
+        self.mid_predictors = None
         if framework != "simclr":
             self.predictor = Heads(1, [out_dim, hidden_dim, out_dim], last_bn)
             self.teacher = copy.deepcopy(backbone).requires_grad_(False)
             self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
         if distill:
-            mid, hidden = len(self.chosen) - 1, [hidden_dim // 2] * (mid_layers - 1)
+            mid = len(self.with_heads) - 1
+            hidden = [hidden_dim // 2] * (mid_layers - 1)
             self.mid_projectors = Heads(mid, [width, *hidden, out_dim], last_bn)
             if framework != "simclr":
                 self.mid_predictors = Heads(mid, [out_dim, hidden_dim, out_dim], last_bn)
 
     def represent(self, backbone, x):
-        """Both views x (2B, 3, H, W) -> L x (2B, D); one by one where BatchNorm would mix them."""
-        if self.batch_norm:
-            return [torch.cat(views) for views in zip(*map(backbone, x.chunk(2)))]
-        return backbone(x)
+        """Both views x (2B, 3, H, W) -> L representations (2B, D)."""
+        if not self.batch_norm:
+            return backbone(x)
+        view1, view2 = x.chunk(2)  # one after the other, for BatchNorm shall not mix them
+        return [torch.cat(pair) for pair in zip(backbone(view1), backbone(view2))]
 
-    def each_layer(self, last, mid, x):
-        """x (C, 2, B, ...), C chosen layers: the last through its own head, the others through theirs."""
-        return torch.cat([mid(x[:-1]), last(x[-1:])]) if self.distill else last(x)
+    def through(self, mid_heads, last_head, x):
+        """x (C, 2, B, ...): the last layer through its own head, those below it through theirs."""
+        if not self.distill:
+            return last_head(x)
+        return torch.cat([mid_heads(x[:-1]), last_head(x[-1:])])
 
     def project(self, layers):
-        """L x (2B, D) -> h (C, 2, B, E), C chosen layers: all, every n-th, or without distillation the last.
-        Zeros widen a ResNet's narrower stages to the last, the widest: one stack of weights serves all."""
-        width = max(self.backbone.widths)
-        layers = [F.pad(layers[i], (0, width - layers[i].shape[1])) for i in self.chosen]
-        return self.each_layer(self.projector, self.mid_projectors, torch.stack(layers).unflatten(1, (2, -1)))
+        """L representations (2B, D) -> h (C, 2, B, E), by the projectors of the C layers with
+        heads. Narrower stages of a ResNet get zeros up to the last one's width, so that one stack
+        serves all."""
+        widths = [layer.shape[1] for layer in layers]
+        if widths != list(self.backbone.widths):
+            raise ValueError(f"a backbone of widths {self.backbone.widths} returns {widths}")
+        chosen = [F.pad(layers[i], (0, widths[-1] - widths[i])) for i in self.with_heads]
+        x = torch.stack(chosen).unflatten(1, (2, -1))  # (C, 2, B, D)
+        return self.through(self.mid_projectors, self.projector, x)
 
     def predict(self, h):
-        """h (C, 2, B, E) -> q (C, 2, B, E), each layer by a predictor of its own; SimCLR has none: q is h."""
-        return h if self.framework == "simclr" else self.each_layer(self.predictor, self.mid_predictors, h)
+        """h (C, 2, B, E) -> q (C, 2, B, E), by a predictor for each layer; with SimCLR q is h."""
+        if self.framework == "simclr":
+            return h
+        return self.through(self.mid_predictors, self.predictor, h)
 
     @torch.no_grad()
     def target(self, x):
-        """Both views x (2B, 3, H, W) -> z (2, B, E), by the momentum teacher."""
-        last = self.represent(self.teacher, x)[-1].unflatten(0, (2, -1))
+        """Both views x (2B, 3, H, W) -> z (2, B, E), the momentum teacher's last projection."""
+        last = self.represent(self.teacher, x)[-1].unflatten(0, (2, -1))  # (2, B, D)
         return self.teacher_projector(last[None])[0]
 
     def L_ssl(self, q, z):
-        """The framework's loss (Eq. 1, Eq. 2, or SimCLR's), from each view of q (C, 2, B, E) to the other of
-        z (2, B, E), both summed -> (C,)."""
+        """The framework's loss from each view of q (C, 2, B, E) to the other view of z (2, B, E),
+        the two directions summed -> (C,)."""
         if self.framework == "simclr":
             return nt_xent(q, z, self.tau)
         if self.framework == "byol":
@@ -345,27 +444,36 @@ class SDSSL(nn.Module):
         return ctr(q, z.flip(0), self.tau).sum(-1)
 
     def forward(self, x1, x2, alpha=1.0):
-        """Algorithm 1; training raises alpha from 0. Two views (B, 3, H, W) -> dict of scalars: `loss`; its
-        terms `ssl`, `isd`, `pred` before their weights, without gradient; `spread`: how far all ranks' final
-        representations, on the unit sphere, are from their mean: 1 if that is 0, 0 if they are one point."""
+        """Algorithm 1 up to the loss, on two views (B, 3, H, W) of the same images -> a dict of
+        scalars, see `losses`. alpha: weight of Eq. 3, which rises from 0 during training."""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
         h = self.project(layers)  # (C, 2, B, E)
+        return self.losses(x, layers, h, alpha)
+
+    def losses(self, x, layers, h, alpha):
+        """`loss`, to be minimised; its terms `ssl`, `isd`, `pred` before their weights and without
+        gradient; `spread`, a watch for collapse: how far the last representations of all ranks'
+        images, on the unit sphere, are from their mean. It is 0 if they are one point, 1 if that
+        mean is 0."""
         q = self.predict(h)  # (C, 2, B, E)
         z = h[-1] if self.framework == "simclr" else self.target(x)  # (2, B, E)
 
-        loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1, 2, or SimCLR's
-        loss_isd = loss_pred = torch.zeros_like(loss_ssl)
-        if self.distill:  # sg(z): SimCLR's z is h[-1], which the other layers follow; it must not follow them
+        loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1 and 2
+        loss_isd = torch.zeros_like(loss_ssl)
+        loss_pred = torch.zeros_like(loss_ssl)
+        if self.distill:
+            # sg(z): with SimCLR it is h[-1], which shall lead the lower layers, and not follow them
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
-            if self.framework != "simclr":  # sg(h): only predictors learn, also while alpha is near 0
-                loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
+        if self.distill and self.framework != "simclr":
+            # sg(h): this moves predictors and nothing else
+            loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
-        centre = gather(F.normalize(layers[-1].detach().float()).mean(0)).mean(0)
-        spread = (1 - centre.norm() ** 2).clamp(min=0).sqrt()
-        return dict(loss=loss, ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach(),
-                    spread=spread)  # fmt: skip
+        mean = gather(F.normalize(layers[-1].detach().float()).mean(0)).mean(0)
+        spread = (1 - mean.norm() ** 2).clamp(min=0).sqrt()
+        terms = dict(ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread)
+        return dict(loss=loss) | {name: term.detach() for name, term in terms.items()}
 
     @property
     def networks(self):
@@ -374,487 +482,16 @@ class SDSSL(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m):
-        """teacher <- m teacher + (1 - m) student (parameters) after the optimiser's step. SimCLR has none."""
-        if self.framework != "simclr":
-            for ours, theirs in ((self.backbone, self.teacher), (self.projector, self.teacher_projector)):
-                torch._foreach_lerp_([*theirs.parameters()], [*ours.parameters()], 1 - m)
-
-
-def mutual_kl(h, peer_h, tau=0.1):
-    """Distill-on-the-Go: KL(peer's rows || own rows), mean over images; the peer's side is detached. A row is
-    the softmax over tau of the cosine similarities of an image's view 1 with view 2 of all images, on all
-    ranks. h: own projections (2, B, E); peer_h: the peer's (2, B, E')."""
-    own, peer = (similarity(v1, all_ranks(v2), tau).log_softmax(-1) for v1, v2 in (h, peer_h))
-    return F.kl_div(own, peer.detach(), log_target=True, reduction="batchmean")
-
-
-class DoGo(nn.Module):
-    """Distill-on-the-Go (CVPRW 2021): two SDSSL models side by side, each with its own loss plus `mutual`
-    times mutual_kl to the other. It has SDSSL's interface, so the training loop does not know."""
-
-    def __init__(self, model, peer, mutual=1.0):
-        super().__init__()
-        self.model, self.peer, self.mutual, self.h = model, peer, mutual, []
-        for projector in (model.projector, peer.projector):  # each runs once a step, the model's first
-            projector.register_forward_hook(lambda module, x, h: self.h.append(h[0]))
-
-    def forward(self, x1, x2, alpha=1.0):
-        """Two views (B, 3, H, W) -> dict of scalars: `loss` of both, and the terms of each."""
-        terms, peer_terms = self.model(x1, x2, alpha), self.peer(x1, x2, alpha)
-        (h, peer_h), self.h = self.h, []
-        kl = mutual_kl(h, peer_h) + mutual_kl(peer_h, h)
-        loss = terms["loss"] + peer_terms["loss"] + self.mutual * kl
-        return terms | {f"peer_{name}": term for name, term in peer_terms.items()} | dict(loss=loss)
-
-    @property
-    def networks(self):
-        """The backbones worth keeping, by name."""
-        return self.model.networks | dict(peer=self.peer.networks["teacher"])
-
-    def update_teacher(self, m):
-        """Both teachers'."""
-        self.model.update_teacher(m)
-        self.peer.update_teacher(m)
-
-
-# ---- 5. Views. All random numbers follow from (seed, step) and the image's place in the global batch ----
-
-VIEWS = [dict(blur=1.0, solarize=0.0), dict(blur=0.1, solarize=0.2)]  # all else is alike in the two views
-MEAN, STD = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-
-
-def seeded(*key):
-    """A generator whose numbers follow from `key` alone; on the CPU: views are the same on every device."""
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
-
-
-def normalize_pixels(x):
-    """(B, 3, H, W) in [0, 1] -> the same with ImageNet's mean and standard deviation taken out."""
-    return (x - MEAN.to(x.device, non_blocking=True)) / STD.to(x.device, non_blocking=True)
-
-
-def shift_hue(x, shift):
-    """Turn the hue (HSV) of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), a part of the circle."""
-    r, g, b = x.unbind(1)
-    value, low = x.amax(1), x.amin(1)
-    chroma = value - low
-    c = chroma + 1e-9  # grey has no hue: 0
-    hue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
-    hue = torch.where(value == r, (g - b) / c, hue)  # in sixths of a turn
-    # back: each channel is high for a third of the circle, low for a third, and slopes between
-    k = (hue[:, None] + 6 * shift + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
-
-
-def color_jitter(x, brightness, contrast, saturation, hue, order):
-    """torchvision's ColorJitter on a batch x (B, 3, H, W) in [0, 1], with factors (B, 1, 1, 1), hue a part of
-    the circle. order: a permutation of 0 to 3, in which these four are changed; one serves the batch."""
-    for step in order:
-        if step == 3:
-            x = shift_hue(x, hue)
-            continue
-        gray = TF.rgb_to_grayscale(x)
-        base = (0, gray.mean((1, 2, 3), keepdim=True), gray)[step]
-        factor = (brightness, contrast, saturation)[step]
-        x = (factor * x + (1 - factor) * base).clamp(0, 1)
-    return x
-
-
-def gaussian_blur(x, sigma, radius):
-    """Blur x (B, 3, H, W) with sigma (B, 1, 1, 1) pixels; 2 radius + 1 taps, borders reflected."""
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=x.device) / sigma) ** 2)
-    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(3, 0)  # (3B, 1, 1, 2 radius + 1)
-    blurred = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # a group for every channel
-    for k in (kernel, kernel.mT):  # along rows, then along columns
-        blurred = F.conv2d(blurred, k, groups=len(k))
-    return blurred.view_as(x)
-
-
-def augment(x, blur, solarize, generator):
-    """A random view of each image, by BYOL's (Table 6) and MoCo v3's recipe: crops (B, 3, H, W) in [0, 1] ->
-    the same. blur, solarize: probabilities, a row of VIEWS. generator: on the CPU, alike on all ranks."""
-
-    def u(low, high):  # own numbers for every image of the global batch, (B, 1, 1, 1) of them for this rank's
-        return low + (high - low) * torch.rand(world_size(), len(x), 1, 1, 1, generator=generator)[rank()]
-
-    def sometimes(p, x, change, *strengths):
-        chosen = (u(0, 1) < p).flatten().nonzero()[:, 0]  # coins fall on the CPU: no waiting for the device
-        if len(chosen) == 0:
-            return x
-        strengths = [s[chosen].to(x.device, non_blocking=True) for s in strengths]
-        chosen = chosen.to(x.device, non_blocking=True)
-        return x.index_copy(0, chosen, change(x[chosen], *strengths))
-
-    scale = x.shape[-1] / 224  # the blur is in pixels of a 224-pixel view; smaller views get as much less
-    jitter = partial(color_jitter, order=torch.randperm(4, generator=generator).tolist())
-    x = sometimes(0.8, x, jitter, u(0.6, 1.4), u(0.6, 1.4), u(0.8, 1.2), u(-0.1, 0.1))
-    x = sometimes(0.2, x, partial(TF.rgb_to_grayscale, num_output_channels=3))
-    x = sometimes(blur, x, partial(gaussian_blur, radius=math.ceil(6 * scale)), scale * u(0.1, 2.0))
-    x = sometimes(solarize, x, partial(TF.solarize, threshold=0.5))
-    return sometimes(0.5, x, TF.horizontal_flip)
-
-
-def random_box(tries, height, width, min_area):
-    """A random crop's top, left, height, width, as torchvision's RandomResizedCrop draws it: area uniform in
-    `min_area`, part of the image's, to 1; log aspect in log 3/4..4/3. Of the tries, four numbers in [0, 1)
-    each, the first that fits is taken, or the last, cut to the image."""
-    for area, aspect, top, left in tries:
-        area, aspect = (min_area + (1 - min_area) * area) * height * width, (3 / 4) ** (1 - 2 * aspect)
-        h, w = max(1, round((area / aspect) ** 0.5)), max(1, round((area * aspect) ** 0.5))
-        if h <= height and w <= width:
-            break
-    h, w = min(h, height), min(w, width)
-    return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
-
-
-# ---- 6. Data: glyphs drawn on the spot, torchvision's sets, or a folder; always (PIL image, class) ----
-
-class UserError(Exception):
-    """Something the user can change; the command line prints it as one line and exits with code 2."""
-
-
-@contextlib.contextmanager
-def user_error(what):
-    """Whatever goes wrong inside is the user's to mend, in one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:  # PIL, torch and the disk raise many kinds
-        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from error
-
-
-def draw_glyphs(n, seed):
-    """The toy set, n times (PIL image of 32 pixels, class): grey flowers. The class is the number of petals,
-    0 to 4, and whether there is a hole. With colours, instance discrimination would not look at shapes."""
-    g = seeded("glyphs", seed)
-
-    def u(low, high):
-        return low + (high - low) * torch.rand(n, 1, 1, generator=g)
-
-    labels = torch.arange(n) % 10
-    petals, hole = labels.view(n, 1, 1) % 5, labels.view(n, 1, 1) >= 5
-    axis = (torch.arange(32) + 0.5) / 16 - 1  # -1 .. 1 across the image
-    y, x = axis[:, None] - u(-0.25, 0.25), axis - u(-0.25, 0.25)
-    r, angle = torch.hypot(x, y) / u(0.55, 0.9), torch.atan2(y, x) + u(0, 2 * math.pi)  # (n, 32, 32)
-    edge = 0.6 + 0.4 * torch.cos(petals * angle)
-    ink = (r < edge) & ~(hole & (r < edge - 0.35))
-    pixels = torch.where(ink, u(0.4, 1.0), 0.1)[..., None] + 0.05 * torch.randn(n, 32, 32, 3, generator=g)
-    return [*zip(map(Image.fromarray, (255 * pixels.clamp(0, 1)).byte().numpy()), labels.tolist())]
-
-
-class Unlabelled(torchvision.datasets.ImageFolder):
-    """Every image below a folder, at any depth, all of class 0."""
-
-    def find_classes(self, directory):
-        return ["."], {".": 0}
-
-
-def open_dataset(data, part="pretrain"):
-    """The part "pretrain" (labels unused), "train" or "val" of `data`: "toy", torchvision.datasets' classes
-    in small letters, or a folder. Called on all ranks alike: the first downloads. Raises UserError."""
-    if data == "toy":
-        return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
-    folder = Path(data)
-    with user_error(f"--data {data}: no {part} images"):
-        if folder.is_dir() and part == "pretrain":
-            return Unlabelled(folder / "train" if (folder / "train").is_dir() else folder, loader=Image.open)
-        if folder.is_dir():
-            return torchvision.datasets.ImageFolder(folder / part, loader=Image.open)
-        named = {name.lower(): c for name, c in vars(torchvision.datasets).items() if inspect.isclass(c)}
-        takes = inspect.signature(named[data]).parameters if data in named else {}
-        if not {"train", "split"} & takes.keys():
-            raise ValueError("no such folder, nor a class of torchvision.datasets with two parts")
-        which = dict(train=part != "val")
-        if "split" in takes:  # STL10 has images for pretraining alone
-            pretrain = "unlabeled" if data == "stl10" else takes["split"].default
-            which = dict(split=dict(pretrain=pretrain, train=takes["split"].default, val="test")[part])
-        if rank() == 0:  # one for all: data/, like the run's folder, lies where all nodes see it
-            named[data]("data", download=True, **which)
-        if world_size() > 1:
-            dist.barrier()
-        return named[data]("data", download=False, **which)
-
-
-def read_image(source, i):
-    """Image i of a dataset as RGB, and its class. Raises UserError, with its name, if it is broken."""
-    with user_error(f"unreadable image {source.samples[i][0] if hasattr(source, 'samples') else i}"):
-        image, label = source[i]
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL alone would clip
-            image = image.point(lambda value: value / 256).convert("L")
-        return image.convert("RGB"), label
-
-
-def read_or_next(source, i, complaints):
-    """Image i and its number; if it is broken, the next that is not. A hundred in a row are too many."""
-    for i in range(i, i + 100):
-        try:
-            return read_image(source, i % len(source))[0], i % len(source)
-        except UserError as error:
-            complaints.append(str(error))
-    raise UserError(complaints[-1])
-
-
-@lru_cache(maxsize=1)  # a whole epoch asks for the same one
-def shuffled(n, *key):
-    """The numbers 0 to n - 1 in an order that follows from `key` alone."""
-    return torch.randperm(n, generator=seeded(*key))
-
-
-@dataclass
-class TrainingCrops:
-    """Random crops: dataset[step] is this rank's part of that step's global batch, uint8 (crops, B, 3, size,
-    size), with the images' numbers in the source (B,), and complaints about unreadable files."""
-
-    source: object
-    images: torch.Tensor  # the numbers of those to train on
-    batch_size: int  # global
-    size: int  # pixels
-    min_crop: float  # part of the image's area
-    seed: int
-    crops: int = 2  # of each image
-
-    def __post_init__(self):
-        self.steps_per_epoch, share = len(self.images) // self.batch_size, self.batch_size // world_size()
-        self.mine = slice(rank() * share, (rank() + 1) * share)  # kept: spawned workers have no process group
-
-    def __getitem__(self, step):
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        places = shuffled(len(self.images), "order", self.seed, epoch)[batch * self.batch_size :][self.mine]
-        numbers, crops, complaints = self.images[places], [], []
-        u = torch.rand(self.batch_size, self.crops, 10, 4, generator=seeded("crops", self.seed, step))
-        for k, tries_of_crops in enumerate(u[self.mine].tolist()):
-            image, numbers[k] = read_or_next(self.source, int(numbers[k]), complaints)
-            x = TF.pil_to_tensor(image)[None]
-            for tries in tries_of_crops:
-                top, left, h, w = random_box(tries, *x.shape[-2:], self.min_crop)
-                cut = x[..., top : top + h, left : left + w].contiguous(memory_format=torch.channels_last)
-                crops.append(F.interpolate(cut, self.size, mode="bilinear", antialias=True))
-        return torch.cat(crops).unflatten(0, (-1, self.crops)).transpose(0, 1), numbers, complaints
-
-
-@dataclass
-class CentreCrops:
-    """For evaluation: (uint8 (3, size, size), class). An image of that size is left alone."""
-
-    source: object
-    size: int  # pixels
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        image, label = read_image(self.source, i)
-        if image.size != (self.size, self.size):
-            image = TF.center_crop(TF.resize(image, self.size * 8 // 7), self.size)  # 256 for 224
-        return TF.pil_to_tensor(image), label
-
-
-# ---- 7. How good is every layer? DINO's weighted k-NN, during training and in eval_knn.py ----
-
-def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
-    """DINO's weighted k-NN: each of the k nearest (cosine) training images votes for its class with
-    exp(similarity / temperature). train_x (N, D), classes train_y (N,), test_x (M, D) -> (M, num_classes)."""
-    train_x = F.normalize(train_x.float(), dim=-1)
-    chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
-    scores = []
-    for x in test_x.split(chunk):
-        similarities, neighbours = (F.normalize(x.float(), dim=-1) @ train_x.T).topk(min(k, len(train_x)))
-        votes = ((similarities - 1) / temperature).exp()  # minus 1 scales all alike; no overflow
-        scores.append(votes.new_zeros(len(x), num_classes).scatter_add_(1, train_y[neighbours], votes))
-    return torch.cat(scores)
-
-
-@torch.no_grad()
-def extract(backbone, dataset, device, workers=0, bf16=False):
-    """Frozen representations of the n CentreCrops in `dataset`: every layer's, L x (M, D_l), on the CPU in
-    float16 (ImageNet x 12 layers must fit); classes (M,); n. Ranks take turns, M each: some images twice."""
-    backbone.eval()
-    n, features, labels = len(dataset), [], []
-    share = [i % n for i in range(rank(), n + -n % world_size(), world_size())]
-    loader = DataLoader(dataset, 256, sampler=share, num_workers=workers, pin_memory=device.type == "cuda")
-    for images, y in loader:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            layers = backbone(normalize_pixels(images.to(device, non_blocking=True) / 255))
-        features.append(torch.cat([layer.half() for layer in layers], dim=1).cpu())  # the only wait
-        labels.append(y)
-    return torch.cat(features).split(backbone.widths, dim=1), torch.cat(labels), n
-
-
-def gather_images(x, n):
-    """All ranks' shares x (M, ...) as `extract` makes them -> (n, ...), in the dataset's order."""
-    return gather(x).transpose(0, 1).flatten(0, 1)[:n]
-
-
-def knn(train, val, device, k=20, temperature=0.07):
-    """k-NN top-1 accuracy of every layer, a list of percentages. train, val: as `extract` returns them. Ranks
-    share the work, and all get the answer; one layer at a time goes to the device."""
-    (train_x, train_y, n), (val_x, val_y, m) = train, val
-    train_y, accuracies = gather_images(train_y, n).to(device), []
-    for bank, x in zip(train_x, val_x):
-        bank = gather_images(bank.to(device), n)
-        scores = knn_scores(bank, train_y, x.to(device), 1 + int(train_y.max()), k, temperature)
-        hits = gather_images(scores.argmax(1).cpu() == val_y, m)
-        accuracies.append(100 * hits.float().mean().item())
-    return accuracies
-
-
-def layer_table(title, columns):
-    """Text: a line a layer; columns: name, one number a layer; a bar for the last one, in percent."""
-    lines = [title, "layer" + "".join(f"{name:>12}" for name in columns)]
-    for layer, row in enumerate(itertools.zip_longest(*columns.values()), 1):  # depths may differ
-        cells = ("" if value is None else f"{value:#.3g}" for value in row)
-        bar = row[-1] if row[-1] and math.isfinite(row[-1]) else 0
-        lines.append(f"{layer:5}" + "".join(f"{cell:>12}" for cell in cells) + "  " + "█" * round(bar / 2))
-    return "\n".join(lines)
-
-
-# ---- 8. Settings, networks by name, schedules ----
-
-ARCHS = {
-    "vit_toy": dict(embed_dim=64, depth=6, num_heads=4),
-    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
-    "vit_small": dict(embed_dim=384, depth=12, num_heads=12),  # 12 heads as in MoCo v3; DINO and DeiT have 6
-    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
-    **{name: dict(name=name) for name in ("resnet18", "resnet50")},
-}
-PRESETS = dict(
-    toy=dict(arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128, epochs=28, warmup=2 / 28,
-             batch_size=256, lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5, knn_every=14, workers=0),
-    cifar10=dict(arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048, epochs=200, warmup=0.05,
-                 batch_size=512, lr=5e-4, m0=0.99, min_crop=0.2),
-    imagenet=dict(),
-)  # fmt: skip
-PRESETS["cifar100"] = PRESETS["cifar10"]
-
-
-def between(kind, low, high=10**9):
-    """What argparse needs to know of an int or a float from low to high; nan is refused, too."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
-
-    return dict(type=parse)
-
-
-count, natural, weight, fraction = between(int, 1), between(int, 0), between(float, 0), between(float, 0, 1)
-switch = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
-
-
-@dataclass
-class Learned:  # What is learned follows from these, the images and rounding; annotations: argparse's options
-    framework: dict(choices=FRAMEWORKS) = "simclr"  # the SSL framework that is self-distilled
-    distill: switch = True  # self-distillation; without it, the plain framework
-    alpha: weight = 1.0  # of the intermediate self-distillation, at the end of training
-    anneal: switch = True  # let alpha rise from 0 on half a cosine; without it, alpha is constant
-    beta: weight = 1.0  # of the predictor loss
-    every: count = 1  # distil each n-th layer only, counted from the last
-    mid_layers: between(int, 2, 3) = 3  # layers of the intermediate projectors
-    peer: dict(choices=["none", *ARCHS]) = "none"  # a second network beside the first: Distill-on-the-Go
-    mutual: weight = 1.0  # of the divergence between the peers
-    tau: between(float, 1e-3) = 0.2  # temperature of the contrastive loss
-    m0: fraction = 0.996  # teacher's momentum at the start; cosine to 1
-    arch: dict(choices=ARCHS) = "vit_small"  # the backbone
-    depth: natural = 0  # blocks of a ViT; 0: as many as the architecture has
-    img_size: between(int, 8) = 224  # pixels
-    patch_size: count = 16  # pixels
-    hidden_dim: between(int, 2) = 4096  # of the last projector and the predictors; half of it in the others
-    out_dim: between(int, 2) = 256  # E, width of the heads' output
-    epochs: count = 300  # passes over the training images
-    warmup: fraction = 40 / 300  # part of the run in which the learning rate rises linearly
-    batch_size: between(int, 2) = 1024  # images in a step, over all ranks
-    lr: weight = 1.5e-4  # peak rate per 256 images, times batch_size / 256; SimCLR on ImageNet: 1.3e-4
-    weight_decay: weight = 0.1  # AdamW's; none on biases, norms and [CLS]
-    min_crop: between(float, 0.01, 1) = 0.08  # smallest crop, part of the image's area
-    seed: natural = 0  # of everything random
-
-
-@dataclass
-class Config(Learned):  # Where and how it runs; a run may go on with other values
-    data: dict() = "toy"  # toy, a class of torchvision.datasets (cifar10, ...), or a folder of images
-    out: dict() = ""  # run folder; by default runs/ and a name that tells data, framework and seed
-    preset: dict(choices=PRESETS) = "imagenet"  # these defaults; the preset that --data chooses replaces some
-    save_every: natural = 0  # steps between two checkpoints, besides the one each epoch; 0: none
-    max_steps: natural = 0  # stop after so many steps, with schedules as planned; 0: after the last epoch
-    knn_every: natural = 10  # epochs between two k-NN tables; 0: no table at all
-    log_every: count = 10  # steps between two lines of log.jsonl
-    workers: natural = 8  # processes a rank that read and crop images; 0: none but the training's own
-    device: dict(choices=["cpu", "cuda"]) = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16: switch = False  # bfloat16 autocast; on CUDA by default
-    compile: switch = False  # torch.compile the blocks of the ViT
-    recompute: switch = False  # the ViT's blocks in backward: a third of the memory or less, a third slower
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad usage is a UserError like any other."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def parse_config(argv=None):
-    """Command line -> Config: default < preset < flag. UserError on anything unknown or wrong."""
-    table = inspect.getsource(Learned) + inspect.getsource(Config)
-    usage = f"sdssl.py with any setting as a flag: --lr 1e-4 --no-distill\n\n{table}"
-    parser = Parser("sdssl.py", usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for field in fields(Config):
-        parser.add_argument("--" + field.name.replace("_", "-"), help=argparse.SUPPRESS, **field.type)
-    given = vars(parser.parse_args(argv))
-    data = given.get("data", "toy")
-    preset = given.setdefault("preset", data if data in PRESETS else "imagenet")
-    given.setdefault("bf16", given.get("device", Config.device) == "cuda")
-    config = Config(**PRESETS[preset] | given)
-    if preset == "imagenet" and config.framework == "simclr" and "lr" not in given:
-        config.lr = 1.3e-4  # section 4.1
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if config.batch_size % ranks:
-        raise UserError(f"argument --batch-size: {config.batch_size} is not a multiple of {ranks} ranks")
-    return config
-
-
-def build_backbone(**architecture):
-    """The backbone of its keyword arguments; it remembers them, for the checkpoint."""
-    backbone = (ResNet if "name" in architecture else VisionTransformer)(**architecture)
-    backbone.architecture = architecture
-    return backbone
-
-
-def build_model(config):
-    """SDSSL around the backbone; with a peer, DoGo around two. UserError if settings do not fit."""
-    models = []
-    torch.manual_seed(config.seed)  # alike on all ranks
-    with user_error("these settings do not go together"):
-        for arch in (config.arch, config.peer):
-            if arch == "none":  # no peer
-                return models[0]
-            settings = dict(img_size=config.img_size) | ARCHS[arch]
-            if arch.startswith("vit"):
-                settings["patch_size"] = config.patch_size
-            if config.depth:
-                settings["depth"] = config.depth
-            models.append(SDSSL(
-                build_backbone(**settings), config.framework, config.distill, config.hidden_dim,
-                config.out_dim, config.tau, config.beta, config.every, config.mid_layers))  # fmt: skip
-    return DoGo(*models, config.mutual)
-
-
-def load_checkpoint(path):
-    """A checkpoint: tensors and plain values, nothing that can run. UserError if it cannot be read."""
-    with user_error(f"cannot read the checkpoint {path}"):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_backbone(path, which="teacher", depth=None):
-    """A trained backbone in eval mode, from the checkpoint alone. which: "teacher" (SimCLR's only network,
-    too), "student", or "peer". depth: of a ViT, the first so many blocks only, with the final norm: its
-    outputs are layers 1 to `depth`. Raises UserError for what is not there."""
-    checkpoint = load_checkpoint(path)
-    with user_error(f"{path} holds no {which} of depth {depth or 'any'}"):
-        network = checkpoint["networks"][which]
-        backbone = build_backbone(**network["architecture"] | (dict(depth=depth) if depth else {}))
-        backbone.load_state_dict({name: network["weights"][name] for name in backbone.state_dict()})
-    return backbone.eval()
+        """Algorithm 1's momentum_update(), after the optimiser's step: each of the teacher's
+        parameters becomes m times itself plus 1 - m times the student's. SimCLR has no teacher."""
+        if self.framework == "simclr":
+            return
+        student = [*self.backbone.parameters(), *self.projector.parameters()]
+        teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
+        get_ema_multi_avg_fn(m)(teacher, student, None)
+
+
+# ---- 6. One step: the schedules, and a turn of Algorithm 1's loop ----
 
 
 def cosine(start, end, t):
@@ -869,210 +506,1114 @@ def learning_rate(step, total, warmup, peak):
     return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
+def schedules(config, step, total):
+    """Learning rate, alpha and teacher's momentum at a step, 0 to total - 1, of the whole run."""
+    peak = config.lr * config.batch_size / 256
+    lr = learning_rate(step, total, config.warmup * total, peak)
+    # section 4.5: the last layer is worth following only once it has learned something itself
+    alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
+    momentum = cosine(config.m0, 1, step / total)
+    return lr, alpha, momentum
+
+
 def parameter_groups(model, weight_decay):
-    """For the optimiser: all that learns; decay on matrices, not on biases, [CLS], norms (4-D in Heads)."""
-    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
+    """What learns, for the optimiser: weight decay on matrices, none on biases, norms and [CLS]."""
+    decayed = []
+    spared = []
     for name, p in model.named_parameters():
-        if p.requires_grad:
-            spared = p.ndim < 2 or any(word in name for word in ("cls_token", "scales", "shifts"))
-            groups[spared]["params"].append(p)  # False is 0, True is 1
-    return groups
+        if not p.requires_grad:
+            continue
+        # [CLS] and the norms of Heads have several axes, and are vectors all the same
+        vector = p.ndim < 2 or "cls_token" in name or "scales" in name or "shifts" in name
+        if vector:
+            spared.append(p)
+        else:
+            decayed.append(p)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=spared, weight_decay=0.0)]
 
 
-# ---- 9. Training ----
+def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
+    """Algorithm 1's loop on one pair of views (B, 3, H, W); returns SDSSL's dict of scalars. model:
+    SDSSL, or DistributedDataParallel around it. bf16: forward in bfloat16 where that is safe."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    with torch.autocast(x1.device.type, torch.bfloat16, enabled=bf16):
+        terms = model(x1, x2, alpha)
+    optimizer.zero_grad()
+    terms["loss"].backward()
+    optimizer.step()
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    inner.update_teacher(momentum)
+    return terms
+
+
+# ---- 7. Views: every random number follows from seed, step and an image's place in the batch ----
+
+MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
+STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+VIEWS = (  # BYOL's and MoCo v3's recipe: probabilities, in the two views; the rest is alike in both
+    dict(blur=1.0, solarize=0.0),
+    dict(blur=0.1, solarize=0.2),
+)
+
+
+def seeded(*key):
+    """A generator whose numbers follow from `key` alone. It is the CPU's, so that views are the
+    same on every device."""
+    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
+
+
+def normalize_pixels(x):
+    """(B, 3, H, W) in [0, 1] -> the same without ImageNet's mean and standard deviation."""
+    return (x - MEAN.to(x.device, non_blocking=True)) / STD.to(x.device, non_blocking=True)
+
+
+def shift_hue(x, shift):
+    """Turn the hue of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), a part of the circle. In HSV
+    a colour is its value (largest channel), chroma (largest minus smallest) and hue, in sixths of a
+    turn: red 0, green 2, blue 4."""
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    c = chroma + 1e-9  # grey has no chroma, and may have any hue
+    hue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
+    hue = torch.where(value == r, (g - b) / c, hue)
+    # Back to RGB: with k = (hue + n) mod 6, and n = 5, 3, 1 for red, green, blue, a channel is
+    # value - chroma * max(0, min(k, 4 - k, 1)): high for a third of the circle, low for another
+    n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k = (hue[:, None] + 6 * shift + n) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order):
+    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with a factor (B, 1, 1, 1) for each
+    image, hue a part of the circle. order: of the four changes, a permutation of 0 to 3 for the
+    whole batch."""
+
+    def blend(x, base, factor):
+        return (factor * x + (1 - factor) * base).clamp(0, 1)
+
+    for change in order:
+        if change == 0:
+            x = blend(x, 0, brightness)
+        elif change == 1:
+            x = blend(x, TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), contrast)
+        elif change == 2:
+            x = blend(x, TF.rgb_to_grayscale(x), saturation)
+        else:
+            x = shift_hue(x, hue)
+    return x
+
+
+def gaussian_blur(x, sigma, radius):
+    """Blur x (B, 3, H, W) with sigma (B, 1, 1, 1) pixels; 2 radius + 1 taps, borders reflected."""
+    offsets = torch.arange(-radius, radius + 1, device=x.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)  # (B, 1, 1, taps)
+    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(3, 0)  # for every channel
+    blurred = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)
+    blurred = blurred[None]  # (1, 3B, ...): each channel is a group of the convolution
+    blurred = F.conv2d(blurred, kernel, groups=len(kernel))  # along rows
+    blurred = F.conv2d(blurred, kernel.transpose(-2, -1), groups=len(kernel))  # along columns
+    return blurred.view_as(x)
+
+
+def augment(x, blur, solarize, generator):
+    """A random view of each image by BYOL's recipe (its Table 6), which is MoCo v3's: crops x (B,
+    3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: the CPU's, in
+    the same state on all ranks; numbers are drawn for the global batch, and each rank takes its
+    images'."""
+
+    def uniform(low, high):
+        numbers = torch.rand(world_size(), len(x), 1, 1, 1, generator=generator)
+        return low + (high - low) * numbers[rank()]  # (B, 1, 1, 1)
+
+    def sometimes(probability, change, x, *strengths):
+        """Change each image with this probability, by its own strengths (B, 1, 1, 1)."""
+        coins = uniform(0, 1) < probability
+        chosen = coins.flatten().nonzero()[:, 0]  # known on the CPU: no waiting for the device
+        if len(chosen) == 0:
+            return x
+        strengths = [s[chosen].to(x.device, non_blocking=True) for s in strengths]
+        chosen = chosen.to(x.device, non_blocking=True)
+        x = x.clone()
+        x[chosen] = change(x[chosen], *strengths)
+        return x
+
+    scale = x.shape[-1] / 224  # the recipe's blur is in pixels of a 224-pixel view
+    order = torch.randperm(4, generator=generator).tolist()
+    jitter = partial(color_jitter, order=order)
+    strengths = [uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1)]
+    x = sometimes(0.8, jitter, x, *strengths)
+    x = sometimes(0.2, partial(TF.rgb_to_grayscale, num_output_channels=3), x)
+    sigma = scale * uniform(0.1, 2.0)
+    x = sometimes(blur, partial(gaussian_blur, radius=math.ceil(6 * scale)), x, sigma)
+    x = sometimes(solarize, partial(TF.solarize, threshold=0.5), x)
+    return sometimes(0.5, TF.horizontal_flip, x)
+
+
+def two_views(crops, seed, step):
+    """The step's crops, uint8 (2, B, 3, H, W) -> augmented, normalised x1, x2 (B, 3, H, W)."""
+    views = []
+    for number, x in enumerate(crops / 255):
+        generator = seeded("view", seed, step, number)
+        views.append(normalize_pixels(augment(x, **VIEWS[number], generator=generator)))
+    return views
+
+
+def random_box(tries, height, width, min_area):
+    """A random crop's top, left, height and width, as torchvision's RandomResizedCrop draws it:
+    area uniform between `min_area`, a part of the image's, and 1; log aspect between log 3/4 and
+    log 4/3. tries: four numbers in [0, 1) each; the first box that fits is taken, or the last, cut
+    to fit."""
+    for u_area, u_aspect, u_top, u_left in tries:
+        area = (min_area + (1 - min_area) * u_area) * height * width
+        aspect = (3 / 4) ** (1 - 2 * u_aspect)
+        h = max(1, round((area / aspect) ** 0.5))
+        w = max(1, round((area * aspect) ** 0.5))
+        if h <= height and w <= width:
+            break
+    h = min(h, height)
+    w = min(w, width)
+    return int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w
+
+
+# ---- 8. Data: drawn glyphs, torchvision's sets or a folder; always (PIL image, class) ----
+
+
+class UserError(Exception):
+    """Something the user can change: one line on the command line, and exit code 2."""
+
+
+@contextlib.contextmanager
+def user_error(what, *kinds):
+    """An exception of these kinds, raised inside, is the user's to mend: it becomes a UserError of
+    one line, `what` and the whole reason, without the colours of terminals."""
+    try:
+        yield
+    except kinds as error:
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        raise UserError(f"{what}: {' '.join(reason.split())}") from error
+
+
+def draw_glyphs(n, seed):
+    """The toy set, n times (PIL image of 32 pixels, class): grey flowers. The class is the number
+    of petals, 0 to 4, and whether there is a hole. Grey, for instance discrimination would rather
+    look at colours than at shapes."""
+    generator = seeded("glyphs", seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
+    labels = torch.arange(n) % 10
+    petals = labels.view(n, 1, 1) % 5
+    hole = labels.view(n, 1, 1) >= 5
+    axis = (torch.arange(32) + 0.5) / 16 - 1  # from -1 to 1 across the image
+    y = axis[:, None] - uniform(-0.25, 0.25)
+    x = axis - uniform(-0.25, 0.25)
+    r = torch.hypot(x, y) / uniform(0.55, 0.9)  # (n, 32, 32)
+    angle = torch.atan2(y, x) + uniform(0, 2 * math.pi)
+    edge = 0.6 + 0.4 * torch.cos(petals * angle)
+    ink = (r < edge) & ~(hole & (r < edge - 0.35))
+    pixels = torch.where(ink, uniform(0.4, 1.0), 0.1)[..., None]
+    pixels = pixels + 0.05 * torch.randn(n, 32, 32, 3, generator=generator)
+    arrays = (255 * pixels.clamp(0, 1)).byte().numpy()
+    return [(Image.fromarray(array), label) for array, label in zip(arrays, labels.tolist())]
+
+
+SETS = {  # name: torchvision's class, the argument that chooses a part, and its values for
+    # pretraining, labelled training and validation; another set is one line more
+    "cifar10": ("CIFAR10", "train", True, True, False),
+    "cifar100": ("CIFAR100", "train", True, True, False),
+    "fgvcaircraft": ("FGVCAircraft", "split", "trainval", "trainval", "test"),
+    "flowers102": ("Flowers102", "split", "train", "train", "test"),
+    "oxfordiiitpet": ("OxfordIIITPet", "split", "trainval", "trainval", "test"),
+    "stanfordcars": ("StanfordCars", "split", "train", "train", "test"),
+    "stl10": ("STL10", "split", "unlabeled", "train", "test"),
+}
+PARTS = ("pretrain", "train", "val")
+
+
+def is_named(data):
+    """Whether `data` is a set's name, and not a folder's: "./toy" would be one."""
+    return data == "toy" or data in SETS
+
+
+@lru_cache(maxsize=None)
+def holds_a_run(folder):
+    """Whether a folder is a run's, whose pictures are not data."""
+    return (folder / "log.jsonl").exists()
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """Images below a folder, at any depth. labelled: each folder directly below is a class;
+    otherwise all images are of class 0. Hidden files and folders (macOS leaves ._photo.jpg beside
+    photo.jpg) and those of runs are left out. Raises OSError if no images are there, or none of a
+    class."""
+
+    def __init__(self, root, labelled):
+        self.labelled = labelled
+        super().__init__(root, loader=Image.open, is_valid_file=partial(self.is_data, Path(root)))
+
+    @staticmethod
+    def is_data(root, path):
+        below = Path(path).relative_to(root)
+        hidden = any(part.startswith(".") for part in below.parts)
+        is_image = below.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
+        return is_image and not hidden and not holds_a_run(Path(path).parent)
+
+    def find_classes(self, directory):
+        if not self.labelled:
+            return ["."], {".": 0}
+        names, _ = super().find_classes(directory)
+        classes = [name for name in names if not name.startswith(".")]
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
+def open_named(data, part):
+    """A part of one of SETS, below ./data. Called on all ranks alike: the first one downloads, and
+    then all find it there."""
+    name, argument, *values = SETS[data]
+    dataset = getattr(torchvision.datasets, name)
+    chosen = {argument: values[PARTS.index(part)]}
+    if rank() == 0:
+        dataset("data", download=True, **chosen)
+    if world_size() > 1:
+        dist.barrier()
+    return dataset("data", **chosen)
+
+
+def open_dataset(data, part="pretrain"):
+    """The part "pretrain" (labels unused), "train" or "val" of `data`: "toy", one of SETS, or a
+    folder. Raises UserError if there is no such thing."""
+    if data == "toy":
+        return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
+    with user_error(f"--data {data}: no {part} images", OSError, RuntimeError, ValueError):
+        if data in SETS:
+            return open_named(data, part)
+        folder = Path(data)
+        if not folder.is_dir():
+            raise ValueError(f"no such folder, and none of toy, {', '.join(SETS)}")
+        if part != "pretrain":
+            return ImageFolder(folder / part, labelled=True)
+        if (folder / "train").is_dir():
+            folder = folder / "train"
+        return ImageFolder(folder, labelled=False)
+
+
+def to_rgb(image):
+    """A PIL image as people see it, in mode RGB: upright, transparency on white, 16-bit grey as 8.
+    Raises ValueError for floating-point pixels, of which nobody knows which value is white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError(
+            "floating-point pixels (mode F) have no known scale: save them in 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):  # of 16 bits, which PIL would clip at 255
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def read_image(source, i):
+    """Image i of a dataset as RGB, and its class. Raises UserError, with its name, if it is
+    broken."""
+    name = source.samples[i][0] if hasattr(source, "samples") else i
+    with user_error(
+        f"unreadable image {name}", Exception
+    ):  # each of PIL's decoders has its own kinds
+        image, label = source[i]
+        return to_rgb(image), label
+
+
+@lru_cache(maxsize=1)  # a whole epoch asks for the same one
+def shuffled(n, *key):
+    """The numbers 0 to n - 1 in an order that follows from `key` alone."""
+    return torch.randperm(n, generator=seeded(*key))
+
+
+@dataclass
+class TrainingCrops:
+    """The training set, indexed by the step and not by the image: dataset[step] is this rank's part
+    of the step's whole batch, already cropped. Whoever reads it, in whatever order, gets the same.
+
+    Returns uint8 crops (crops, B, 3, size, size), the images' numbers in `source` (B,), and a list
+    of what was unreadable; another image stands in its place. Raises UserError if no batch is full,
+    ranks cannot share it, or hardly anything is readable."""
+
+    source: object  # a dataset of (PIL image, class)
+    images: torch.Tensor  # the numbers of those to train on
+    batch_size: int  # global
+    size: int  # pixels
+    min_crop: float  # smallest crop, part of the image's area
+    seed: int
+    crops: int = 2  # of each image
+
+    def __post_init__(self):
+        if self.batch_size % world_size():
+            raise UserError(f"--batch-size must be a multiple of {world_size()} ranks")
+        if len(self.images) < self.batch_size:
+            what = f"{len(self.images)} images do not fill a batch of {self.batch_size}"
+            raise UserError(f"{what}: give more, or a smaller --batch-size (at least 2)")
+        self.steps_per_epoch = len(self.images) // self.batch_size
+        share = self.batch_size // world_size()
+        self.mine = slice(rank() * share, (rank() + 1) * share)  # workers do not know their rank
+
+    def __getitem__(self, step):
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        order = shuffled(len(self.images), "order", self.seed, epoch)
+        places = order[batch * self.batch_size :][self.mine]
+        generator = seeded("crops", self.seed, step)
+        u = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)[self.mine].tolist()
+        numbers = []
+        crops = []
+        complaints = []
+        for place, tries_of_crops in zip(places.tolist(), u):
+            image, number = self.read(int(self.images[place]), step, complaints)
+            x = TF.pil_to_tensor(image)[None]
+            numbers.append(number)
+            crops += [self.crop(x, tries) for tries in tries_of_crops]
+        crops = torch.cat(crops).unflatten(0, (-1, self.crops)).transpose(0, 1)
+        return crops, torch.tensor(numbers), complaints
+
+    def read(self, number, step, complaints):
+        """Image `number`, or if it is broken, another one, drawn: broken files come in rows.
+        Returns it with its number. Adds to the list of complaints."""
+        for _ in range(100):
+            try:
+                return read_image(self.source, number)[0], number
+            except UserError as error:
+                complaints.append(str(error))
+            generator = seeded("another", self.seed, step, number, len(complaints))
+            number = int(self.images[torch.randint(len(self.images), (), generator=generator)])
+        raise UserError(f"100 images in a row are unreadable, the last one: {complaints[-1]}")
+
+    def crop(self, x, tries):
+        """A random part of x (1, 3, H, W), resized: (1, 3, size, size)."""
+        top, left, h, w = random_box(tries, *x.shape[-2:], self.min_crop)
+        cut = x[..., top : top + h, left : left + w]
+        cut = cut.contiguous(memory_format=torch.channels_last)  # which torch resizes fastest
+        return F.interpolate(cut, self.size, mode="bilinear", antialias=True)
+
+
+@dataclass
+class CentreCrops:
+    """For evaluation: dataset[i] is image i as uint8 (3, size, size), and its class. The shorter
+    side is resized to 8/7 of the size (256 for 224), bicubically as DINO does; then the centre is
+    cut out. An image that has the size already is left alone."""
+
+    source: object  # a dataset of (PIL image, class)
+    size: int  # pixels
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        image, label = read_image(self.source, i)
+        if image.size != (self.size, self.size):
+            image = TF.resize(image, self.size * 8 // 7, interpolation=self.interpolation)
+            image = TF.center_crop(image, self.size)
+        return TF.pil_to_tensor(image), label
+
+
+# ---- 9. How good is every layer? DINO's weighted k-NN, during training and in eval_knn.py ----
+
+
+def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
+    """DINO's weighted k-NN: each of the k nearest training images (by cosine) votes for its class
+    with exp(similarity / temperature). train_x (N, D) and its classes train_y (N,), test_x (M, D)
+    -> scores (M, num_classes)."""
+    train_x = F.normalize(train_x.float(), dim=-1)
+    chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
+    scores = []
+    for x in test_x.split(chunk):
+        similarities = F.normalize(x.float(), dim=-1) @ train_x.T
+        similarities, neighbours = similarities.topk(min(k, len(train_x)))
+        votes = ((similarities - 1) / temperature).exp()  # minus 1: no overflow, same winner
+        empty = votes.new_zeros(len(x), num_classes)
+        scores.append(empty.scatter_add_(1, train_y[neighbours], votes))
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def extract(backbone, dataset, device, workers=0, bf16=False):
+    """Frozen representations of the n images in `dataset`, which gives (uint8 image, class): every
+    layer's, L x (M, D_l), on the CPU in float16 (ImageNet x 12 layers must fit), classes (M,), and
+    n. Ranks take turns, M images each, some images twice if n does not divide; gather_images puts
+    them together."""
+    backbone.eval()
+    n = len(dataset)
+    each = math.ceil(n / world_size())
+    share = [(i * world_size() + rank()) % n for i in range(each)]
+    pinned = device.type == "cuda"
+    loader = DataLoader(dataset, 256, sampler=share, num_workers=workers, pin_memory=pinned)
+    features = []
+    labels = []
+    for images, y in loader:
+        x = normalize_pixels(images.to(device, non_blocking=True) / 255)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            layers = backbone(x)
+        layers = torch.cat([layer.half() for layer in layers], dim=1)
+        features.append(layers.cpu())  # waits for the device, once a batch
+        labels.append(y)
+    return torch.cat(features).split(backbone.widths, dim=1), torch.cat(labels), n
+
+
+def gather_images(x, n):
+    """All ranks' shares x (M, ...), as `extract` makes them -> (n, ...), in the dataset's order."""
+    return gather(x).transpose(0, 1).flatten(0, 1)[:n]
+
+
+def knn(train, val, device, k=20, temperature=0.07):
+    """k-NN top-1 accuracy of every layer, a list of percentages. train, val: what `extract` gives.
+    Ranks share the work, and all get the answer; one layer at a time goes to the device."""
+    train_x, train_y, n = train
+    val_x, val_y, m = val
+    train_y = gather_images(train_y, n)
+    num_classes = 1 + int(train_y.max())
+    train_y = train_y.to(device)
+    accuracies = []
+    for bank, x in zip(train_x, val_x):
+        bank = gather_images(bank.to(device), n)
+        scores = knn_scores(bank, train_y, x.to(device), num_classes, k, temperature)
+        hits = gather_images(scores.argmax(1).cpu() == val_y, m)
+        accuracies.append(100 * hits.float().mean().item())
+    return accuracies
+
+
+def layer_table(title, columns):
+    """Text: a line a layer. columns: {name: a number for each layer}; the last column, in percent,
+    is drawn as bars. Depths may differ."""
+    lines = [title, "layer" + "".join(f"{name:>12}" for name in columns)]
+    for layer, row in enumerate(zip_longest(*columns.values()), start=1):
+        line = f"{layer:5}"
+        for value in row:
+            line += " " * 12 if value is None else f"{value:#12.3g}"
+        bar = row[-1] if row[-1] and math.isfinite(row[-1]) else 0
+        lines.append(f"{line}  {'█' * round(bar / 2)}")
+    return "\n".join(lines)
+
+
+# ---- 10. Settings, and networks by name ----
+
+ARCHS = {
+    "vit_toy": dict(embed_dim=64, depth=6, num_heads=4),
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=12),  # MoCo v3's; DINO and DeiT have 6
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+    "resnet18": dict(name="resnet18"),
+    "resnet50": dict(name="resnet50"),
+}
+TOY = dict(
+    arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128,
+    epochs=28, warmup=2 / 28, batch_size=256, lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5,
+    knn_every=14, workers=0,
+)  # fmt: skip
+CIFAR = dict(
+    arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048,
+    epochs=200, warmup=0.05, batch_size=512, lr=5e-4, m0=0.99, min_crop=0.2,
+)  # fmt: skip
+PRESETS = {
+    "toy": TOY,
+    "cifar10": CIFAR,
+    "cifar100": CIFAR,
+    "imagenet": {},  # the defaults below: the paper's
+}
+
+
+def setting(default, text, choices=None, low=0, high=10**9):
+    """A field of Config: its default, a line of help, and what it may be: one of the choices, or a
+    number from low to high."""
+    return field(default=default, metadata=dict(help=text, choices=choices, low=low, high=high))
+
+
+@dataclass
+class Learned:
+    """What is learned follows from these settings, the images and rounding, and from nothing else.
+    The defaults are the paper's, for ImageNet (section 4.1)."""
+
+    framework: str = setting("simclr", "SSL framework that is self-distilled", FRAMEWORKS)
+    distill: bool = setting(True, "self-distillation; without it, the plain framework")
+    alpha: float = setting(1.0, "weight of intermediate self-distillation, at the end")
+    anneal: bool = setting(True, "alpha rises from 0, half a cosine; without it, it is constant")
+    beta: float = setting(1.0, "weight of the predictor loss")
+    every: int = setting(1, "distil each n-th layer only, counted from the last one", low=1)
+    mid_layers: int = setting(3, "layers of the intermediate projectors", low=2, high=3)
+    peer: str = setting("none", "second network, for Distill-on-the-Go", ("none", *ARCHS))
+    mutual: float = setting(1.0, "weight of the divergence between the two networks")
+    tau: float = setting(0.2, "temperature of the contrastive loss", low=1e-3)
+    m0: float = setting(0.996, "teacher's momentum at the start; a cosine takes it to 1", high=1)
+    arch: str = setting("vit_small", "backbone", tuple(ARCHS))
+    pool: str = setting("cls", "layers by [CLS], or their patches' mean", ("cls", "patches"))
+    depth: int = setting(0, "blocks of a ViT; 0: as many as the architecture has")
+    img_size: int = setting(224, "pixels", low=8)
+    patch_size: int = setting(16, "pixels", low=1)
+    hidden_dim: int = setting(4096, "of last projector and predictors; others have half", low=2)
+    out_dim: int = setting(256, "E, width of what the heads return", low=2)
+    epochs: int = setting(300, "passes over the training images", low=1)
+    warmup: float = setting(40 / 300, "part of the run in which the learning rate rises", high=1)
+    batch_size: int = setting(1024, "images in a step, over all ranks", low=2)
+    lr: float = setting(1.5e-4, "peak learning rate per 256 images of batch_size")
+    weight_decay: float = setting(0.1, "AdamW's, on matrices; none on biases, norms and [CLS]")
+    min_crop: float = setting(0.08, "smallest crop, part of the image's area", low=0.01, high=1)
+    seed: int = setting(0, "of everything random")
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass
+class Config(Learned):
+    """All settings; these say where and how it runs, and a run may go on with other values."""
+
+    data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
+    out: str = setting("", "run folder; by default runs/ and a name of data, framework and seed")
+    preset: str = setting("imagenet", "defaults; --data chooses one by its name", tuple(PRESETS))
+    save_every: int = setting(0, "steps between two checkpoints, besides one each epoch; 0: none")
+    max_steps: int = setting(0, "stop after so many steps, schedules as planned; 0: the last epoch")
+    knn_every: int = setting(10, "epochs between two k-NN tables; 0: no table at all")
+    log_every: int = setting(10, "steps between two lines of log.jsonl", low=1)
+    workers: int = setting(8, "processes a rank that read images; 0: none but the training's own")
+    device: str = setting(DEVICE, "what computes", ("cpu", "cuda"))
+    bf16: bool = setting(False, "bfloat16 autocast; by default on with CUDA")
+    compile: bool = setting(False, "torch.compile a ViT's blocks")
+    recompute: bool = setting(False, "run a ViT's blocks again in backward: less memory, slower")
+
+
+def number(kind, low=0, high=10**9):
+    """argparse's type of an int or a float from low to high; nan is not from anywhere to
+    anywhere."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
+        return value
+
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad usage is a UserError like any other."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def add_flag(parser, name, kind, default, metadata):
+    """The flag of a setting. Its help shows the default, and which presets have another value."""
+    values = [f"default {default!r}"]
+    for preset, changed in PRESETS.items():
+        if name in changed:
+            values.append(f"{preset} {changed[name]!r}")
+    options = dict(dest=name, help=f"{metadata['help']} ({', '.join(values)})")
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
+    elif kind is str:
+        options["choices"] = metadata["choices"]
+    else:
+        options["type"] = number(kind, metadata["low"], metadata["high"])
+    parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def parse_config(argv=None):
+    """Command line (a list, or sys.argv) -> Config: default < preset < flag. Raises UserError for
+    anything unknown or wrong."""
+    parser = Parser("sdssl.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for each in fields(Config):
+        add_flag(parser, each.name, each.type, each.default, each.metadata)
+    given = vars(parser.parse_args(argv))
+    data = given.get("data", Config.data)
+    if is_named(data.lower()):
+        data = data.lower()  # torchvision writes CIFAR10
+    preset = given.get("preset") or (data if data in PRESETS else "imagenet")
+    config = Config(**PRESETS[preset] | given)
+    config.data = data
+    config.preset = preset
+    if "bf16" not in given:
+        config.bf16 = config.device == "cuda"
+    if "lr" not in given and preset == "imagenet" and config.framework == "simclr":
+        config.lr = 1.3e-4  # section 4.1
+    return config
+
+
+def build_backbone(**architecture):
+    """The backbone of its keyword arguments; it remembers them, for the checkpoint."""
+    network = ResNet if "name" in architecture else VisionTransformer
+    backbone = network(**architecture)
+    backbone.architecture = architecture
+    return backbone
+
+
+def build_sdssl(config, arch):
+    """SDSSL around a backbone of ARCHS. Raises ValueError if settings do not go together."""
+    architecture = dict(img_size=config.img_size) | ARCHS[arch]
+    if arch.startswith("vit"):
+        architecture |= dict(patch_size=config.patch_size, pool=config.pool)
+        architecture["depth"] = config.depth or architecture["depth"]
+    elif config.depth or config.recompute or config.compile or config.pool != "cls":
+        raise ValueError(f"--depth, --pool, --compile and --recompute are for ViTs, not for {arch}")
+    heads = dict(hidden_dim=config.hidden_dim, out_dim=config.out_dim, mid_layers=config.mid_layers)
+    losses = dict(tau=config.tau, beta=config.beta, every=config.every)
+    backbone = build_backbone(**architecture)
+    return SDSSL(backbone, config.framework, config.distill, **heads, **losses)
+
+
+def build_model(config):
+    """SDSSL; or with a peer, DoGo of two of them. Raises UserError if settings do not go
+    together."""
+    torch.manual_seed(config.seed)  # the same weights on all ranks
+    with user_error("these settings do not go together", ValueError):
+        model = build_sdssl(config, config.arch)
+        if config.peer == "none":
+            return model
+        return DoGo(model, build_sdssl(config, config.peer), config.mutual)
+
+
+def load_checkpoint(path):
+    """A checkpoint: a dict of tensors and plain values, nothing that can run. Raises UserError if
+    the file holds anything else."""
+    with user_error(
+        f"cannot read the checkpoint {path}", Exception
+    ):  # bytes can be wrong in many ways
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(checkpoint)
+
+
+def load_backbone(path, which="teacher", **changes):
+    """A trained backbone in eval mode, from the checkpoint alone. which: "teacher" (SimCLR's only
+    network, too), "student" or "peer". Changes of a ViT's architecture: depth=n for the first n
+    blocks and the final norm, whose outputs are layers 1 to n; pool="patches" or "cls" for another
+    reading of the layers. Raises UserError for what is not there."""
+    networks = load_checkpoint(path).get("networks", {})
+    if which not in networks:
+        raise UserError(f"{path} holds no {which}, but {', '.join(networks) or 'other things'}")
+    architecture = networks[which]["architecture"]
+    if changes.keys() - architecture.keys() or changes.get("depth", 0) > architecture.get(
+        "depth", 0
+    ):
+        raise UserError(f"{path}: there is no {changes} in {architecture}")
+    backbone = build_backbone(**architecture | changes)
+    weights = networks[which]["weights"]
+    backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
+    return backbone.eval()
+
+
+# ---- 11. A folder is a run: the same command begins it, goes on, or shows that it is finished ----
+
+
+def write_whole(path, write):
+    """`write` makes a file, which is then renamed to `path`: the old one or the new is always
+    there. Raises UserError if it cannot be written, on a full disk, say."""
+    new = path.with_name(path.name + ".new")
+    with user_error(f"cannot write {path}, what was there before still is", OSError, RuntimeError):
+        try:
+            write(new)
+            os.replace(new, path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def say(text):
+    """Print, on rank 0 alone, without breaking a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def differences(settings, others):
+    """Text: the settings that are not the same among the others."""
+    return ", ".join(
+        f"{name} {value}" for name, value in settings.items() if others.get(name) != value
+    )
+
+
+class Run:
+    """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
+    record a line) and last.pt (the checkpoint). Rank 0 writes. `learned` tells this run from
+    others: the settings of Learned, and the images. A folder that holds another run, or anything
+    else, is refused with a UserError and left as it is."""
+
+    def __init__(self, config, images):
+        framework = f"sd-{config.framework}" if config.distill else config.framework
+        name = f"{Path(config.data).resolve().name}-{framework}-seed{config.seed}"
+        self.config = config
+        self.folder = Path(config.out or f"runs/{name}")
+        self.learned = {name: getattr(config, name) for name in asdict(Learned())}
+        self.learned["images"] = (
+            f"{images} of {config.data if is_named(config.data) else 'a folder'}"
+        )
+        self.records = []
+        self.complaints = set()
+        self.file = None  # log.jsonl, on rank 0
+
+    def find_checkpoint(self):
+        """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
+        with user_error("argument --out", OSError):
+            names = os.listdir(self.folder) if self.folder.exists() else []
+        if "last.pt" not in names:
+            if names and "log.jsonl" not in names:
+                raise UserError(
+                    f"{self.folder} is not a run's, and not empty: choose another --out"
+                )
+            return None
+        checkpoint = load_checkpoint(self.folder / "last.pt")
+        there = asdict(Learned()) | checkpoint.get(
+            "learned", {}
+        )  # an older version has fewer settings
+        if there != self.learned and there.keys() == self.learned.keys():
+            other = differences(there, self.learned)
+            raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
+        return checkpoint
+
+    def resume(self, model, optimizer):
+        """Load the checkpoint, if there is one; returns the number of steps that are done."""
+        checkpoint = self.find_checkpoint()
+        step = 0
+        if checkpoint:
+            what = f"{self.folder} holds what this version cannot continue, choose another --out"
+            with user_error(what, KeyError, RuntimeError, ValueError):
+                model.load_state_dict(checkpoint["model"])
+                optimizer.load_state_dict(checkpoint["optimizer"])
+                step = checkpoint["step"]
+                self.records = [json.loads(line) for line in checkpoint["log"].splitlines()]
+        if len(gather(torch.tensor(step)).unique()) > 1:
+            raise UserError(
+                f"ranks see different checkpoints: {self.folder} must lie where all nodes see it"
+            )
+        return step
+
+    def start(self, dataset):
+        """Open the folder for writing: the log as far as the checkpoint, settings, a picture."""
+        if rank() > 0:
+            return
+        with user_error(f"argument --out: cannot write into {self.folder}", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
+            self.file.write(self.log_text())
+            (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+            crops = dataset[0][0][:, :12]
+            views = (
+                torch.cat(two_views(crops, "picture", 0)) * STD + MEAN
+            )  # in each column two of an image
+            torchvision.utils.save_image(views, self.folder / "views.png", nrow=crops.shape[1])
+
+    def log_text(self):
+        """The log, as it stands in log.jsonl."""
+        return "".join(json.dumps(record) + "\n" for record in self.records)
+
+    def log(self, **record):
+        """Add a record to the log."""
+        self.records.append(record)
+        if self.file:
+            with user_error(f"cannot write {self.folder}/log.jsonl", OSError):
+                self.file.write(json.dumps(record) + "\n")
+
+    def log_tables(self, step, epoch, tables):
+        """Add k-NN tables, {network: a percentage for each layer}, to the log, and print them."""
+        for network, percentages in tables.items():
+            self.log(step=step, epoch=epoch, network=network, knn=percentages)
+        self.show_tables()
+
+    def show_tables(self):
+        """Print each network's newest k-NN table beside the first one, the untrained network's."""
+        tables = [record for record in self.records if "knn" in record]
+        for network in dict.fromkeys(record["network"] for record in tables):
+            own = [record for record in tables if record["network"] == network]
+            columns = {
+                f"epoch {record['epoch']:.3g}": record["knn"] for record in (own[0], own[-1])
+            }
+            say(layer_table(f"\nk-NN accuracy of every layer of the {network} (%)", columns))
+
+    def pass_on(self, complaints):
+        """Print complaints about images, each of them once."""
+        for complaint in complaints:
+            if complaint not in self.complaints:
+                tqdm.write(f"{complaint}: another image takes its place")
+                self.complaints.add(complaint)
+
+    def save(self, model, optimizer, step):
+        """Write the checkpoint: all that going on takes, and the networks by name, for everyone
+        else."""
+        if rank() > 0:
+            return
+        networks = {}
+        for name, backbone in model.networks.items():
+            networks[name] = dict(architecture=backbone.architecture, weights=backbone.state_dict())
+        checkpoint = dict(
+            networks=networks,
+            config=asdict(self.config),
+            learned=self.learned,
+            step=step,
+            model=model.state_dict(),
+            optimizer=optimizer.state_dict(),
+            log=self.log_text(),
+        )
+        write_whole(self.folder / "last.pt", partial(torch.save, checkpoint))
+
+
+# ---- 12. Training ----
+
 
 def set_up(device):
-    """Join the process group if torchrun started us; returns this rank's device. device: "cpu" or "cuda"."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    """Join the process group if torchrun started us; returns this rank's device. device: "cpu" or
+    "cuda". Raises UserError if there is no GPU for this rank."""
     if device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
         devices = torch.cuda.device_count()
         if local_rank >= devices:
-            raise UserError(f"argument --device: {devices} CUDA devices on this node, none for rank {local_rank}")
+            raise UserError(
+                f"argument --device: {devices} CUDA devices here, none for rank {local_rank}"
+            )
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # errs in several releases (pytorch 138529, 169849)
+        torch.backends.cuda.enable_cudnn_sdp(
+            False
+        )  # gives errors in several releases (pytorch 138529)
     if "RANK" in os.environ:
-        # both by name: without, torch 2.6 and newer take the GPU's alone on a machine that has one
+        # both by name: left alone, torch 2.6 and newer take the GPU's, and CPU tensors find nobody
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return torch.device(device)
 
 
-def write_whole(path, write):
-    """`write` makes a file, which is then renamed to `path`: the old one or the new is always there."""
-    with user_error(f"cannot write {path}, what was there before still is"):  # a full disk, say
-        write(path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+def training_crops(config):
+    """The images to train on, all of them."""
+    source = open_dataset(config.data)
+    images = torch.arange(len(source))
+    return TrainingCrops(
+        source, images, config.batch_size, config.img_size, config.min_crop, config.seed
+    )
 
 
-def find_checkpoint(folder, learned):
-    """A folder is a run: the checkpoint to go on from, or None. UserError if it holds anything else."""
-    if (folder / "last.pt").exists():
-        checkpoint = load_checkpoint(folder / "last.pt")
-        there = checkpoint["learned"]
-        other = [f"{name} {there.get(name)}" for name in learned if there.get(name) != learned[name]]
-        if other:
-            raise UserError(f"{folder} holds a run with {', '.join(other)}: choose another --out")
-        return checkpoint
-    if any(folder.glob("*")) and not (folder / "log.jsonl").exists():
-        raise UserError(f"{folder} is not a run's, and not empty: choose another --out")
+def labelled_parts(config):
+    """Training and validation images for the k-NN tables; [] if none are wanted, or have classes.
+    Raises UserError if the two parts have different classes."""
+    folder = Path(config.data)
+    if config.knn_every == 0 or not (is_named(config.data) or (folder / "val").is_dir()):
+        return []
+    train, val = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+    if getattr(train, "classes", None) != getattr(val, "classes", None):
+        raise UserError("train/ and val/ have different classes: mend that, or --knn-every 0")
+    return [CentreCrops(train, config.img_size), CentreCrops(val, config.img_size)]
 
 
-def save_views(path, dataset):
-    """A picture of what the network sees: in each column two views of an image."""
-    crops = dataset[0][0][:, :12] / 255
-    views = [augment(x, **VIEWS[i], generator=seeded("picture", i)) for i, x in enumerate(crops)]
-    torchvision.utils.save_image(torch.cat(views), path, nrow=crops.shape[1])
+def knn_tables(model, parts, device, config):
+    """k-NN accuracy of every layer of every network: {name: percentages}."""
+    tables = {}
+    for name, backbone in model.networks.items():
+        if name != "student":  # it is the teacher that one uses
+            train, val = (
+                extract(backbone, part, device, config.workers, config.bf16) for part in parts
+            )
+            tables[name] = knn(train, val, device)
+    model.train()
+    return tables
 
 
-def show_tables(log):
-    """Rank 0 prints every network's newest k-NN table in log.jsonl, beside the first, the untrained one's."""
-    if rank():
-        return
-    records = [json.loads(line) for line in log.read_text().splitlines() if '"knn"' in line]
-    for network in dict.fromkeys(record["network"] for record in records):
-        tables = [record for record in records if record["network"] == network]
-        columns = {f"epoch {record['epoch']:.3g}": record["knn"] for record in (tables[0], tables[-1])}
-        tqdm.write(layer_table(f"\nk-NN accuracy of every layer of the {network} (%)", columns))
+def prepare(model, config):
+    """The model as it is trained: switches of its ViTs, and what several ranks need."""
+    for module in model.modules():
+        if isinstance(module, VisionTransformer):
+            module.recompute = config.recompute
+        if isinstance(module, Block) and config.compile:
+            module.compile()
+    if world_size() == 1:
+        return model
+    if config.device == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(
+            model
+        )  # in place; only ResNets have BatchNorm modules
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def mean_over_ranks(terms, step):
+    """{name: scalar tensor} -> {name: float}, and on a GPU the most memory used so far, in GB; this
+    waits for the device. Raises UserError if a term is not finite."""
+    values = gather(torch.stack(list(terms.values()))).mean(0).tolist()
+    terms = dict(zip(terms, values))
+    if not all(math.isfinite(value) for value in values):
+        raise UserError(f"step {step} is not finite: {terms}; a smaller --lr may help")
+    if torch.cuda.is_initialized():
+        terms["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return terms
+
+
+def due(done, period):
+    """Whether so many steps, or a multiple of them, are done; never if the period is 0."""
+    return period > 0 and done % period == 0
 
 
 def train(config):
-    """One run, from the first image to the last checkpoint, in its folder; a checkpoint there goes on."""
+    """One run, from the first image to the last checkpoint; what a checkpoint holds stays done."""
     device = set_up(config.device)
-    source, is_folder, parts = open_dataset(config.data), Path(config.data).is_dir(), []
-    if len(source) < config.batch_size:
-        raise UserError(f"{len(source)} images do not fill a batch: --batch-size {len(source)} or less")
+    dataset = training_crops(config)
+    parts = labelled_parts(config)
     model = build_model(config).to(device)
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's; our heads and the ViT have none
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
-    if config.knn_every and (Path(config.data, "val").is_dir() or not is_folder):
-        parts = [CentreCrops(open_dataset(config.data, part), config.img_size) for part in ("train", "val")]
-        if len({str(getattr(part.source, "classes", "")) for part in parts}) > 1:
-            raise UserError("train/ and val/ have other classes: mend that, or --knn-every 0")
-    numbers = torch.arange(len(source))
-    dataset = TrainingCrops(source, numbers, config.batch_size, config.img_size, config.min_crop, config.seed)
-    steps_per_epoch = dataset.steps_per_epoch
-    total = config.epochs * steps_per_epoch
+    run = Run(config, len(dataset.source))
+    first = run.resume(model, optimizer)
+    total = config.epochs * dataset.steps_per_epoch
     last = min(total, config.max_steps or total)
-    name = f"{Path(config.data).resolve().name}-{'sd-' * config.distill}{config.framework}-seed{config.seed}"
-    folder, chief = Path(config.out or f"runs/{name}"), rank() == 0
-    learned = {field.name: getattr(config, field.name) for field in fields(Learned)}
-    learned["images"] = f"{len(source)} of {'a folder' if is_folder else config.data}"  # which may have moved
-    checkpoint, first, log = find_checkpoint(folder, learned), 0, ""
-    if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        first, log = checkpoint["step"], checkpoint["log"]
-        del checkpoint  # its memory
-    if len(gather(torch.tensor(first)).unique()) > 1:
-        raise UserError(f"not all ranks see the same checkpoint: {folder} must lie where all nodes see it")
-    if chief:
-        unlike = [f"{k} {value}" for k, value in learned.items() if value != getattr(Learned, k, "")]
-        print(f"{folder}: step {first} to {last} of {total}, {device} x {world_size()}", *unlike, sep=", ")
+    say(f"{run.folder}: step {first} to {last} of {total}, {device} x {world_size()}")
     if first >= last:
-        return show_tables(folder / "log.jsonl")
-    with user_error(f"argument --out: cannot write into {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        log_file = open(folder / "log.jsonl" if chief else os.devnull, "w", buffering=1)  # line by line
-        log_file.write(log)  # as far as the checkpoint
-    if chief:
-        (folder / "config.json").write_text(json.dumps(vars(config), indent=1))
-        save_views(folder / "views.png", dataset)
+        return run.show_tables()
+    run.start(dataset)
+    if parts and first == 0:
+        run.log_tables(0, 0.0, knn_tables(model, parts, device, config))
 
-    def write_log(**record):
-        print(json.dumps(record), file=log_file)
-
-    def knn_tables(step):
-        for name, backbone in model.networks.items():
-            if parts and name != "student":
-                features = (extract(backbone, part, device, config.workers, config.bf16) for part in parts)
-                write_log(step=step, epoch=step / steps_per_epoch, network=name, knn=knn(*features, device))
-        model.train()
-        show_tables(folder / "log.jsonl")
-
-    if first == 0:
-        knn_tables(0)
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.recompute = config.recompute
-            if config.compile:
-                module.compile()
-    ddp = model if world_size() == 1 else nn.parallel.DistributedDataParallel(
-        model, gradient_as_bucket_view=True, broadcast_buffers=False)  # fmt: skip
-    loader = DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=config.workers,
-                        pin_memory=device.type == "cuda")  # fmt: skip
-    bar = tqdm(total=last, initial=first, unit="img", unit_scale=config.batch_size, disable=not chief)
-    batches, name_once = iter(loader), cache(tqdm.write)
-    clock, waited, logged = time.perf_counter(), 0.0, first
-    for step in range(first, last):
-        start = time.perf_counter()
-        crops, _, complaints = next(batches)
-        waited += time.perf_counter() - start
-        for complaint in complaints:
-            name_once(f"{complaint}: the next image takes its place")
-        lr = learning_rate(step, total, config.warmup * total, config.lr * config.batch_size / 256)
-        # section 4.5: what the last layer knows is worth following only once it has learned something
-        alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        crops = crops.to(device, non_blocking=True) / 255  # (2, B, 3, H, W)
-        x1, x2 = (normalize_pixels(augment(x, **VIEWS[i], generator=seeded("view", config.seed, step, i)))
-                  for i, x in enumerate(crops))  # fmt: skip
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            terms = ddp(x1, x2, alpha)
-        optimizer.zero_grad()
-        terms["loss"].backward()
-        optimizer.step()
-        model.update_teacher(cosine(config.m0, 1, step / total))
+    trained = prepare(model, config)
+    pinned = device.type == "cuda"
+    steps = range(first, last)
+    loader = DataLoader(dataset, None, sampler=steps, num_workers=config.workers, pin_memory=pinned)
+    scale = config.batch_size
+    bar = tqdm(total=last, initial=first, unit="img", unit_scale=scale, disable=rank() > 0)
+    clock = time.perf_counter()
+    logged = first
+    for step, (crops, _, complaints) in zip(steps, loader):
+        run.pass_on(complaints)
+        x1, x2 = two_views(crops.to(device, non_blocking=True), config.seed, step)
+        lr, alpha, momentum = schedules(config, step, total)
+        terms = train_step(trained, optimizer, x1, x2, lr, alpha, momentum, config.bf16)
         bar.update()
+
         done = step + 1
-        save = done == last or done % steps_per_epoch == 0
-        save = save or config.save_every and done % config.save_every == 0
-        if save or done % config.log_every == 0:  # only here the host waits for the device
-            terms = dict(zip(terms, gather(torch.stack([*terms.values()])).mean(0).tolist()))
-            if not all(map(math.isfinite, terms.values())):
-                raise UserError(f"step {done} is not finite: {terms}; a smaller --lr may help")
-            seconds = time.perf_counter() - clock
-            if device.type == "cuda":
-                terms["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            write_log(step=done, epoch=done / steps_per_epoch, lr=lr, alpha=alpha, **terms,
-                      images_per_s=(done - logged) * config.batch_size / seconds, data_wait=waited / seconds)
+        epoch = done / dataset.steps_per_epoch
+        save = done == last or due(done, dataset.steps_per_epoch) or due(done, config.save_every)
+        table = done == last or due(done, config.knn_every * dataset.steps_per_epoch)
+        if save or due(done, config.log_every):  # only here the host waits for the device
+            terms = mean_over_ranks(terms, done)
+            speed = (done - logged) * config.batch_size / (time.perf_counter() - clock)
+            run.log(step=done, epoch=epoch, lr=lr, alpha=alpha, **terms, images_per_s=speed)
             bar.set_postfix(loss=terms["loss"])
-            if done == last or parts and done % (config.knn_every * steps_per_epoch) == 0:
-                knn_tables(done)
-            if save and chief:
-                networks = {name: dict(architecture=backbone.architecture, weights=backbone.state_dict())
-                            for name, backbone in model.networks.items()}  # fmt: skip
-                checkpoint = dict(networks=networks, config=vars(config), learned=learned, step=done,
-                                  model=model.state_dict(), optimizer=optimizer.state_dict(),
-                                  log=(folder / "log.jsonl").read_text())  # fmt: skip
-                write_whole(folder / "last.pt", partial(torch.save, checkpoint))
-            clock, waited, logged = time.perf_counter(), 0.0, done
-    if chief and parts:  # there are classes to tell apart
-        print(f"Pictures, log, networks: {folder}. Next: python eval_linear.py {folder}/last.pt --cached")
+            if parts and table:
+                run.log_tables(done, epoch, knn_tables(model, parts, device, config))
+            if save:
+                run.save(model, optimizer, done)
+            clock = time.perf_counter()
+            logged = done
+    say(f"Pictures, log and networks are in {run.folder}")
 
 
 def run_or_explain(program, run):
-    """What the user can change comes out as one line on stderr and exit code 2."""
+    """What the user can change comes out as one line on stderr, with exit code 2. A traceback is a
+    bug of ours."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(
+                errors="replace"
+            )  # terminals that cannot print a bar or a file's name
     try:
         run()
-    except UserError as error:  # a data worker's comes with its whole report
-        tqdm.write(f"{program}: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+    except UserError as error:
+        message = str(error).rpartition("UserError: ")[
+            2
+        ]  # a data worker's comes with its traceback
+        tqdm.write(f"{program}: {message.strip()}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        advice = "--recompute, a smaller network or --batch-size, or more ranks need less"
-        tqdm.write(f"{program}: {str(error).partition('. ')[0]}: {advice}", file=sys.stderr)
+        what = str(error).partition(". ")[0]
+        advice = "--recompute, --bf16, a smaller --batch-size or more ranks need less"
+        tqdm.write(f"{program}: {what}: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # as shells expect; the same command goes on
     if world_size() > 1:
         dist.barrier()  # nobody leaves while others are still talking
-        if torch.cuda.is_initialized():  # NCCL wants it; gloo, torn down by hand, at times hangs (torch 2.5)
+        if (
+            torch.cuda.is_initialized()
+        ):  # NCCL wants it; gloo, torn down by hand, at times hangs (torch 2.5)
             dist.destroy_process_group()
 
 
 def main(argv=None):
-    """python sdssl.py, torchrun sdssl.py"""
+    """python sdssl.py, torchrun sdssl.py; in a notebook main([]), or main(["--framework",
+    "byol"])."""
     run_or_explain("sdssl.py", lambda: train(parse_config(argv)))
+
+
+# ---- 13. Beside the method: ResNets (section 4.6) and Distill-on-the-Go ----
+
+
+class ResNet(nn.Module):
+    """torchvision's resnet18, resnet50, ...: (B, 3, H, W) -> the four stages' outputs,
+    average-pooled, 4 x (B, D_l). Images of 64 pixels and less get the small stem: a 3 x 3
+    convolution, no pooling."""
+
+    def __init__(self, name="resnet50", img_size=224):
+        super().__init__()
+        net = getattr(torchvision.models, name)(zero_init_residual=True)
+        if img_size <= 64:
+            net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            net.maxpool = nn.Identity()
+        self.widths = [width * net.layer1[0].expansion for width in (64, 128, 256, 512)]
+        for part, module in net.named_children():
+            if part not in ("avgpool", "fc"):  # conv1, bn1, relu, maxpool, layer1, ..., layer4
+                self.add_module(part, module)
+        self.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        pooled = []
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+            pooled.append(x.mean((2, 3)))
+        return pooled
+
+
+def mutual_kl(h, peer_h, tau=0.1):
+    """Distill-on-the-Go's loss: KL(peer's rows || own rows), mean over images; no gradient goes to
+    the peer. A row is the softmax over tau of the cosine similarities of an image's view 1 with
+    view 2 of all images, on all ranks. h: own projections (2, B, E); peer_h: the peer's (2, B,
+    E')."""
+
+    def rows(h):
+        return similarity(h[0], all_ranks(h[1]), tau).log_softmax(-1)
+
+    return F.kl_div(rows(h), rows(peer_h).detach(), log_target=True, reduction="batchmean")
+
+
+class DoGo(nn.Module):
+    """Distill-on-the-Go (Bhat et al., CVPRW 2021): two models side by side, each with its own loss
+    plus `mutual` times mutual_kl to the other one. The published method is of plain SimCLR:
+
+        python sdssl.py --framework simclr --no-distill --peer ARCH --mutual 0.3
+
+    It has SDSSL's interface, so the training loop does not know."""
+
+    def __init__(self, model, peer, mutual=1.0):
+        super().__init__()
+        self.model = model
+        self.peer = peer
+        self.mutual = mutual
+
+    def forward(self, x1, x2, alpha=1.0):
+        """Two views (B, 3, H, W) -> dict of scalars: `loss` of both, and the terms of each."""
+        x = torch.cat([x1, x2])
+        layers = self.model.represent(self.model.backbone, x)
+        peer_layers = self.peer.represent(self.peer.backbone, x)
+        h = self.model.project(layers)
+        peer_h = self.peer.project(peer_layers)
+        terms = self.model.losses(x, layers, h, alpha)
+        peer_terms = self.peer.losses(x, peer_layers, peer_h, alpha)
+        kl = mutual_kl(h[-1], peer_h[-1]) + mutual_kl(peer_h[-1], h[-1])
+        loss = terms["loss"] + peer_terms["loss"] + self.mutual * kl
+        for name, term in peer_terms.items():
+            terms[f"peer_{name}"] = term
+        return terms | dict(loss=loss)
+
+    @property
+    def networks(self):
+        """The backbones worth keeping, by name."""
+        return self.model.networks | dict(peer=self.peer.networks["teacher"])
+
+    def update_teacher(self, m):
+        """Both teachers'."""
+        self.model.update_teacher(m)
+        self.peer.update_teacher(m)
 
 
 if __name__ == "__main__":
