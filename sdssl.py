@@ -41,7 +41,6 @@ import random
 import re
 import sys
 import time
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from itertools import zip_longest
@@ -93,10 +92,10 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        layers = OrderedDict(
-            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)
-        )
-        self.mlp = nn.Sequential(layers)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(dim, 4 * dim))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def forward(self, x, cls_only=False):
         """cls_only: compute the first token alone, (B, 1, D); it still attends to all N."""
@@ -132,9 +131,7 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"pool must be cls or patches, not {pool!r}")
         self.pool = pool
         self.widths = [embed_dim] * depth  # of each layer's representation: all that SDSSL asks for
-        self.recompute = (
-            False  # what is inside a block, in backward: less memory, a third more time
-        )
+        self.recompute = False  # True: blocks keep nothing for backward, and run again there
         grid = img_size // patch_size
         conv = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict(dict(proj=conv))
@@ -263,9 +260,7 @@ class Heads(nn.Module):
         self.shifts = nn.ParameterList(torch.zeros(copies, width, 1, 1) for width in hidden)
 
     def forward(self, x):
-        x = x.permute(
-            0, 3, 1, 2
-        )  # (copies, widths[0], 2, B): images last, where standardise wants them
+        x = x.permute(0, 3, 1, 2)  # (copies, widths[0], 2, B): standardise wants the images last
         for weight, scale, shift in zip(self.weights, self.scales, self.shifts):
             x = self.linear(weight, x)
             x = F.relu(standardise(x) * scale + shift)
@@ -805,9 +800,7 @@ def to_rgb(image):
     Raises ValueError for floating-point pixels, of which nobody knows which value is white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError(
-            "floating-point pixels (mode F) have no known scale: save them in 8 or 16 bits"
-        )
+        raise ValueError("floating-point pixels have no known scale: save them in 8 or 16 bits")
     if image.mode.startswith("I"):  # of 16 bits, which PIL would clip at 255
         image = image.convert("I").point(lambda value: value / 256).convert("L")
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
@@ -821,9 +814,8 @@ def read_image(source, i):
     """Image i of a dataset as RGB, and its class. Raises UserError, with its name, if it is
     broken."""
     name = source.samples[i][0] if hasattr(source, "samples") else i
-    with user_error(
-        f"unreadable image {name}", Exception
-    ):  # each of PIL's decoders has its own kinds
+    # any exception: each of PIL's decoders has its own
+    with user_error(f"unreadable image {name}", Exception):
         image, label = source[i]
         return to_rgb(image), label
 
@@ -1179,9 +1171,8 @@ def build_model(config):
 def load_checkpoint(path):
     """A checkpoint: a dict of tensors and plain values, nothing that can run. Raises UserError if
     the file holds anything else."""
-    with user_error(
-        f"cannot read the checkpoint {path}", Exception
-    ):  # bytes can be wrong in many ways
+    # any exception: bytes can be wrong in many ways
+    with user_error(f"cannot read the checkpoint {path}", Exception):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return dict(checkpoint)
 
@@ -1195,10 +1186,9 @@ def load_backbone(path, which="teacher", **changes):
     if which not in networks:
         raise UserError(f"{path} holds no {which}, but {', '.join(networks) or 'other things'}")
     architecture = networks[which]["architecture"]
-    if changes.keys() - architecture.keys() or changes.get("depth", 0) > architecture.get(
-        "depth", 0
-    ):
-        raise UserError(f"{path}: there is no {changes} in {architecture}")
+    blocks = architecture.get("depth", 0)  # a ResNet has none, and no pool
+    if changes and not 1 <= changes.get("depth", 1) <= blocks:
+        raise UserError(f"{path}: a network of {blocks} blocks cannot become one of {changes}")
     backbone = build_backbone(**architecture | changes)
     weights = networks[which]["weights"]
     backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
@@ -1228,9 +1218,8 @@ def say(text):
 
 def differences(settings, others):
     """Text: the settings that are not the same among the others."""
-    return ", ".join(
-        f"{name} {value}" for name, value in settings.items() if others.get(name) != value
-    )
+    unlike = [name for name, value in settings.items() if others.get(name) != value]
+    return ", ".join(f"{name} {settings[name]}" for name in unlike)
 
 
 class Run:
@@ -1239,15 +1228,16 @@ class Run:
     others: the settings of Learned, and the images. A folder that holds another run, or anything
     else, is refused with a UserError and left as it is."""
 
+    CANNOT = "a checkpoint that this version cannot continue: choose another --out"
+
     def __init__(self, config, images):
         framework = f"sd-{config.framework}" if config.distill else config.framework
         name = f"{Path(config.data).resolve().name}-{framework}-seed{config.seed}"
         self.config = config
         self.folder = Path(config.out or f"runs/{name}")
         self.learned = {name: getattr(config, name) for name in asdict(Learned())}
-        self.learned["images"] = (
-            f"{images} of {config.data if is_named(config.data) else 'a folder'}"
-        )
+        source = config.data if is_named(config.data) else "a folder"  # folders may move
+        self.learned["images"] = f"{images} of {source}"
         self.records = []
         self.complaints = set()
         self.file = None  # log.jsonl, on rank 0
@@ -1256,36 +1246,31 @@ class Run:
         """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
         with user_error("argument --out", OSError):
             names = os.listdir(self.folder) if self.folder.exists() else []
+        if names and not {"last.pt", "log.jsonl"} & set(names):
+            raise UserError(f"{self.folder} is not a run's, and not empty: choose another --out")
         if "last.pt" not in names:
-            if names and "log.jsonl" not in names:
-                raise UserError(
-                    f"{self.folder} is not a run's, and not empty: choose another --out"
-                )
             return None
         checkpoint = load_checkpoint(self.folder / "last.pt")
-        there = asdict(Learned()) | checkpoint.get(
-            "learned", {}
-        )  # an older version has fewer settings
-        if there != self.learned and there.keys() == self.learned.keys():
+        if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
+            raise UserError(f"{self.folder} holds {self.CANNOT}")
+        there = asdict(Learned()) | checkpoint["learned"]  # older versions had fewer settings
+        if there != self.learned:
             other = differences(there, self.learned)
             raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
         return checkpoint
 
     def resume(self, model, optimizer):
         """Load the checkpoint, if there is one; returns the number of steps that are done."""
-        checkpoint = self.find_checkpoint()
         step = 0
+        checkpoint = self.find_checkpoint()
         if checkpoint:
-            what = f"{self.folder} holds what this version cannot continue, choose another --out"
-            with user_error(what, KeyError, RuntimeError, ValueError):
+            with user_error(f"{self.folder} holds {self.CANNOT}", RuntimeError, ValueError):
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
-                step = checkpoint["step"]
-                self.records = [json.loads(line) for line in checkpoint["log"].splitlines()]
+            step = checkpoint["step"]
+            self.records = [json.loads(line) for line in checkpoint["log"].splitlines()]
         if len(gather(torch.tensor(step)).unique()) > 1:
-            raise UserError(
-                f"ranks see different checkpoints: {self.folder} must lie where all nodes see it"
-            )
+            raise UserError(f"{self.folder} must lie where all nodes see it: ranks differ")
         return step
 
     def start(self, dataset):
@@ -1298,10 +1283,9 @@ class Run:
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             crops = dataset[0][0][:, :12]
-            views = (
-                torch.cat(two_views(crops, "picture", 0)) * STD + MEAN
-            )  # in each column two of an image
-            torchvision.utils.save_image(views, self.folder / "views.png", nrow=crops.shape[1])
+            views = torch.cat(two_views(crops, "picture", 0))  # a row of first views, one of second
+            picture = self.folder / "views.png"
+            torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
 
     def log_text(self):
         """The log, as it stands in log.jsonl."""
@@ -1368,12 +1352,10 @@ def set_up(device):
         devices = torch.cuda.device_count()
         if local_rank >= devices:
             raise UserError(
-                f"argument --device: {devices} CUDA devices here, none for rank {local_rank}"
+                f"--device cuda: {devices} CUDA devices here, rank {local_rank} has none"
             )
         torch.cuda.set_device(local_rank)
-        torch.backends.cuda.enable_cudnn_sdp(
-            False
-        )  # gives errors in several releases (pytorch 138529)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # fails in some releases (pytorch 138529)
     if "RANK" in os.environ:
         # both by name: left alone, torch 2.6 and newer take the GPU's, and CPU tensors find nobody
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
@@ -1406,10 +1388,10 @@ def knn_tables(model, parts, device, config):
     tables = {}
     for name, backbone in model.networks.items():
         if name != "student":  # it is the teacher that one uses
-            train, val = (
+            features = [
                 extract(backbone, part, device, config.workers, config.bf16) for part in parts
-            )
-            tables[name] = knn(train, val, device)
+            ]
+            tables[name] = knn(*features, device)
     model.train()
     return tables
 
@@ -1424,9 +1406,7 @@ def prepare(model, config):
     if world_size() == 1:
         return model
     if config.device == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(
-            model
-        )  # in place; only ResNets have BatchNorm modules
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, and in ResNets alone
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
@@ -1502,17 +1482,15 @@ def run_or_explain(program, run):
     """What the user can change comes out as one line on stderr, with exit code 2. A traceback is a
     bug of ours."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(
-                errors="replace"
-            )  # terminals that cannot print a bar or a file's name
+        # a terminal that cannot show a bar or a file's name shows "?"; a notebook's streams can
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         run()
     except UserError as error:
-        message = str(error).rpartition("UserError: ")[
-            2
-        ]  # a data worker's comes with its traceback
-        tqdm.write(f"{program}: {message.strip()}", file=sys.stderr)
+        # a data worker's error comes with its traceback, and the message behind it
+        message = str(error).rpartition("UserError: ")[2].strip()
+        tqdm.write(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         what = str(error).partition(". ")[0]
@@ -1523,9 +1501,7 @@ def run_or_explain(program, run):
         sys.exit(130)  # as shells expect; the same command goes on
     if world_size() > 1:
         dist.barrier()  # nobody leaves while others are still talking
-        if (
-            torch.cuda.is_initialized()
-        ):  # NCCL wants it; gloo, torn down by hand, at times hangs (torch 2.5)
+        if torch.cuda.is_initialized():  # NCCL asks for it; gloo at times hangs in it (torch 2.5)
             dist.destroy_process_group()
 
 

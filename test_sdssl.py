@@ -1397,7 +1397,7 @@ def test_every_network_and_every_exit_can_be_loaded(flags, tmp_path):
         network.pool = "patches"
         assert_close(sdssl.load_backbone(path, name, pool="patches")(x), network(x))
         network.pool = "cls"
-    for missing in (dict(which="nobody"), dict(depth=9), dict(name="resnet18")):
+    for missing in (dict(which="nobody"), dict(depth=9)):
         with pytest.raises(UserError, match="last.pt"):
             sdssl.load_backbone(path, **missing)
 
