@@ -1413,13 +1413,13 @@ def prepare(model, config):
 def mean_over_ranks(terms, step):
     """{name: scalar tensor} -> {name: float}, and on a GPU the most memory used so far, in GB; this
     waits for the device. Raises UserError if a term is not finite."""
-    values = gather(torch.stack(list(terms.values()))).mean(0).tolist()
-    terms = dict(zip(terms, values))
-    if not all(math.isfinite(value) for value in values):
-        raise UserError(f"step {step} is not finite: {terms}; a smaller --lr may help")
-    if torch.cuda.is_initialized():
-        terms["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return terms
+    values = gather(torch.stack(list(terms.values()))).mean(0)
+    found = dict(zip(terms, values.tolist()))
+    if not values.isfinite().all():
+        raise UserError(f"step {step} is not finite: {found}; a smaller --lr may help")
+    if values.is_cuda:
+        found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
 
 
 def due(done, period):
