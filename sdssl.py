@@ -99,9 +99,8 @@ class Block(nn.Module):
 
     def forward(self, x, cls_only=False):
         """cls_only: compute the first token alone, (B, 1, D); it still attends to all N."""
-        qkv = self.attn.qkv(self.norm1(x))  # (B, N, 3 D)
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3)  # (B, heads, 3, N, d)
-        q, k, v = qkv.unbind(2)  # (B, heads, N, d) each
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, d) each
         if cls_only:
             q = q[:, :, :1]
             x = x[:, :1]
