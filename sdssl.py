@@ -1414,7 +1414,7 @@ def mean_over_ranks(terms, step):
     waits for the device. Raises UserError if a term is not finite."""
     values = gather(torch.stack(list(terms.values()))).mean(0)
     found = dict(zip(terms, values.tolist()))
-    if not values.isfinite().all():
+    if not all(math.isfinite(value) for value in found.values()):
         raise UserError(f"step {step} is not finite: {found}; a smaller --lr may help")
     if values.is_cuda:
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
