@@ -167,7 +167,8 @@ class Training:
         if state.get("settings") != self.settings:
             there = state.get("settings")
             raise UserError(f"{self.path} is of {there}, not of {self.settings}: move it away")
-        with sdssl.user_error(f"{self.path} is another version's: move it away", RuntimeError, KeyError):
+        what = f"{self.path} is another version's: move it away"
+        with sdssl.user_error(what, RuntimeError, KeyError):
             self.modules.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
             return state["step"]
@@ -182,7 +183,11 @@ class Training:
             step=step,
             settings=self.settings,
         )
-        sdssl.write_whole(self.path, partial(torch.save, state))
+        try:
+            sdssl.write_whole(self.path, partial(torch.save, state))
+        except UserError as error:  # weights that are shared may lie where nothing can be written
+            sdssl.say(f"this will not go on if interrupted: {error}")
+            self.path = None
 
     def fit(self, data, steps, loss, warmup, peak):
         """Minimise loss(layers, classes) over the steps, at a learning rate with this peak."""

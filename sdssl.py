@@ -39,6 +39,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -872,12 +873,12 @@ class TrainingCrops:
     def read(self, number, step, complaints):
         """Image `number`, or if it is broken, another one, drawn: broken files come in rows.
         Returns it with its number. Adds to the list of complaints."""
-        for _ in range(100):
+        for attempt in range(100):
             try:
                 return read_image(self.source, number)[0], number
             except UserError as error:
                 complaints.append(str(error))
-            generator = seeded("another", self.seed, step, number, len(complaints))
+            generator = seeded("another", self.seed, step, number, attempt)
             number = int(self.images[torch.randint(len(self.images), (), generator=generator)])
         raise UserError(f"100 images in a row are unreadable, the last one: {complaints[-1]}")
 
@@ -1034,7 +1035,7 @@ class Learned:
     every: int = setting(1, "distil each n-th layer only, counted from the last one", low=1)
     mid_layers: int = setting(3, "layers of the intermediate projectors", low=2, high=3)
     peer: str = setting("none", "second network, for Distill-on-the-Go", ("none", *ARCHS))
-    mutual: float = setting(1.0, "weight of the divergence between the two networks")
+    mutual: float = setting(0.3, "weight of the divergence between the two networks")
     tau: float = setting(0.2, "temperature of the contrastive loss", low=1e-3)
     m0: float = setting(0.996, "teacher's momentum at the start; a cosine takes it to 1", high=1)
     arch: str = setting("vit_small", "backbone", tuple(ARCHS))
@@ -1376,7 +1377,12 @@ def labelled_parts(config):
     folder = Path(config.data)
     if config.knn_every == 0 or not (is_named(config.data) or (folder / "val").is_dir()):
         return []
-    train, val = open_dataset(config.data, "train"), open_dataset(config.data, "val")
+    try:
+        train = open_dataset(config.data, "train")
+        val = open_dataset(config.data, "val")
+    except UserError as error:  # two folders of images, say, and none of classes
+        say(f"no k-NN tables: {error}")
+        return []
     if getattr(train, "classes", None) != getattr(val, "classes", None):
         raise UserError("train/ and val/ have different classes: mend that, or --knn-every 0")
     return [CentreCrops(train, config.img_size), CentreCrops(val, config.img_size)]
@@ -1409,6 +1415,22 @@ def prepare(model, config):
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
+def check_shared_memory(config):
+    """Raise UserError if the batches that data workers read ahead do not fit into /dev/shm, of which
+    Docker gives 64 MB: torch would say so in a worker's traceback, and wait for ever."""
+    if config.workers == 0 or not Path("/dev/shm").is_dir():
+        return
+    images = max(256, 2 * config.batch_size // world_size())  # of a table's batch, or of training's
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = 3 * config.img_size**2 * images * 2 * config.workers * ranks_here
+    free = shutil.disk_usage("/dev/shm").free
+    if needed > free:
+        raise UserError(
+            f"{config.workers} workers need {needed / 1e9:.2f} GB of shared memory, and /dev/shm has "
+            f"{free / 1e9:.2f}: docker run --shm-size, or fewer --workers"
+        )
+
+
 def mean_over_ranks(terms, step):
     """{name: scalar tensor} -> {name: float}, and on a GPU the most memory used so far, in GB; this
     waits for the device. Raises UserError if a term is not finite."""
@@ -1429,6 +1451,7 @@ def due(done, period):
 def train(config):
     """One run, from the first image to the last checkpoint; what a checkpoint holds stays done."""
     device = set_up(config.device)
+    check_shared_memory(config)
     dataset = training_crops(config)
     parts = labelled_parts(config)
     model = build_model(config).to(device)

@@ -742,7 +742,7 @@ def test_orders_and_crops_follow_from_seed_epoch_step_image_and_view_whoever_rea
     assert (orders.sort().values == torch.arange(24)).all()
 
 
-def test_every_broken_image_is_replaced_by_another_drawn_one_and_named():
+def test_every_broken_image_is_replaced_by_another_drawn_one_and_named(monkeypatch):
     broken = (None, 0)
     source = [broken] * 30 + SAME
     dataset = training_crops(source, batch_size=54, images=54)
@@ -753,8 +753,20 @@ def test_every_broken_image_is_replaced_by_another_drawn_one_and_named():
     )  # 30 broken ones in a row have not one heir
     assert all(any(f"image {i}:" in text for text in complaints) for i in range(30))
     assert torch.equal(numbers, dataset[0][1])
+    monkeypatch.setattr(sdssl, "world_size", lambda: 3)  # as many ranks replace by the same images
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(sdssl, "rank", lambda rank=rank: rank)
+        shares.append(training_crops(source, batch_size=54, images=54)[0][1])
+    assert torch.equal(torch.cat(shares), numbers)
     with pytest.raises(UserError, match="100 images in a row are unreadable"):
         training_crops([broken] * 24)[0]
+
+
+def test_one_photo_is_no_batch(tmp_path, capsys):
+    PHOTO.save(tmp_path / "0.png")
+    message = refused(capsys, *RUN, "--data", tmp_path, "--out", tmp_path / "run")
+    assert "1 images do not fill a batch of 48: give more" in message
 
 
 def test_a_broken_file_is_named_and_ends_an_evaluation(tmp_path):
@@ -1313,6 +1325,40 @@ def test_train_and_val_of_different_classes_are_refused(finished, tmp_path, caps
     assert not (tmp_path / "new").exists()
 
 
+def test_train_and_val_without_classes_pretrain_without_a_table(tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for i in range(6):
+            PHOTO.save(tmp_path / part / f"{i}.png")
+    flags = ["--data", str(tmp_path), "--preset", "toy", "--batch-size", "6", "--max-steps", "1"]
+    sdssl.main([*RUN, *flags, "--knn-every", "1", "--out", str(tmp_path / "run")])
+    output = capsys.readouterr().out
+    assert output.count("no k-NN tables: ") == 1
+    assert [record["step"] for record in log_of(tmp_path / "run")] == [1]
+
+
+def test_a_terminal_of_ascii_gets_tables_and_names_that_it_cannot_show(tmp_path):
+    for part, label, i in itertools.product(("train", "val"), ("a", "b"), range(3)):
+        (tmp_path / part / label).mkdir(parents=True, exist_ok=True)
+        PHOTO.save(tmp_path / part / label / f"{i}.png")
+    (tmp_path / "train/a" / os.fsdecode(b"f\xfcr.png")).write_text("broken, and not UTF-8 by name")
+    flags = [*RUN, "--preset", "toy", "--data", tmp_path, "--batch-size", "7", "--max-steps", "1"]
+    command = [sys.executable, HERE / "sdssl.py", *flags, "--out", tmp_path / "run"]
+    ascii_only = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    done = subprocess.run(command, capture_output=True, env=ascii_only, check=True)
+    assert b"f?r.png" in done.stdout
+
+
+def test_workers_that_do_not_fit_into_shared_memory_are_one_line(tmp_path, capsys, monkeypatch):
+    docker = lambda path: argparse.Namespace(free=64e6)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", docker)
+    message = refused(capsys, *RUN, "--workers", "8", "--img-size", "224", "--out", tmp_path)
+    assert "0.62 GB" in message and "has 0.06" in message and "--shm-size" in message
+    sdssl.main(
+        [*RUN, "--workers", "8", "--max-steps", "1", "--out", str(tmp_path)]
+    )  # small ones do
+
+
 @pytest.mark.parametrize("kind", ["list", "other tool", "older", "other weights"])
 def test_a_checkpoint_that_cannot_be_continued_is_one_line_and_untouched(
     kind, finished, tmp_path, capsys
@@ -1640,6 +1686,23 @@ def test_numbers_that_cannot_be_written_are_printed_all_the_same(trained, tmp_pa
     output = capsys.readouterr().out
     assert output.index("top-1") < output.index("not in knn.json")
     assert (run / "knn.json").read_text() == "not JSON"
+
+
+def test_weights_where_nothing_can_be_written_are_probed_all_the_same(
+    trained, tmp_path, capsys, monkeypatch
+):
+    def read_only(*args):
+        raise PermissionError("read-only file system")
+
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    before = contents(run)
+    monkeypatch.setattr(os, "replace", read_only)
+    flags = [*ON_CPU, "--batch-size", "60", "--epochs", "2", "--cached"]
+    eval_linear.main([str(run / "last.pt"), *flags])
+    output = capsys.readouterr().out
+    assert output.count("will not go on if interrupted") == 1
+    assert output.index("top-1") < output.index("not in linear.json")
+    assert contents(run) == before
 
 
 def probe(run, *flags):
