@@ -439,18 +439,14 @@ class SDSSL(nn.Module):
         return ctr(q, z.flip(0), self.tau).sum(-1)
 
     def forward(self, x1, x2, alpha=1.0):
-        """Algorithm 1 up to the loss, on two views (B, 3, H, W) of the same images -> a dict of
-        scalars, see `losses`. alpha: weight of Eq. 3, which rises from 0 during training."""
+        """Algorithm 1 up to the loss. Two views (B, 3, H, W) of the same images -> dict of scalars:
+        `loss`, to be minimised; its terms `ssl`, `isd`, `pred` before their weights; `spread`, a
+        watch for collapse: how far the last representations of all ranks' images, on the unit
+        sphere, are from their mean, 0 if they are one point. And `h`, the last projections (2, B, E).
+        alpha: weight of Eq. 3, which rises from 0 during training."""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
         h = self.project(layers)  # (C, 2, B, E)
-        return self.losses(x, layers, h, alpha)
-
-    def losses(self, x, layers, h, alpha):
-        """`loss`, to be minimised; its terms `ssl`, `isd`, `pred` before their weights and without
-        gradient; `spread`, a watch for collapse: how far the last representations of all ranks'
-        images, on the unit sphere, are from their mean. It is 0 if they are one point, 1 if that
-        mean is 0."""
         q = self.predict(h)  # (C, 2, B, E)
         z = h[-1] if self.framework == "simclr" else self.target(x)  # (2, B, E)
 
@@ -467,8 +463,8 @@ class SDSSL(nn.Module):
 
         mean = gather(F.normalize(layers[-1].detach().float()).mean(0)).mean(0)
         spread = (1 - mean.norm() ** 2).clamp(min=0).sqrt()
-        terms = dict(ssl=loss_ssl, isd=loss_isd, pred=loss_pred, spread=spread)
-        return dict(loss=loss) | {name: term.detach() for name, term in terms.items()}
+        terms = dict(ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach())
+        return dict(loss=loss, **terms, spread=spread, h=h[-1])
 
     @property
     def networks(self):
@@ -1432,10 +1428,11 @@ def check_shared_memory(config):
 
 
 def mean_over_ranks(terms, step):
-    """{name: scalar tensor} -> {name: float}, and on a GPU the most memory used so far, in GB; this
+    """SDSSL's dict -> {name: float} of its scalars, and on a GPU the most memory used so far, in GB; this
     waits for the device. Raises UserError if a term is not finite."""
-    values = gather(torch.stack(list(terms.values()))).mean(0)
-    found = dict(zip(terms, values.tolist()))
+    scalars = {name: term.detach() for name, term in terms.items() if term.ndim == 0}
+    values = gather(torch.stack(list(scalars.values()))).mean(0)
+    found = dict(zip(scalars, values.tolist()))
     if not all(math.isfinite(value) for value in found.values()):
         raise UserError(f"step {step} is not finite: {found}; a smaller --lr may help")
     if values.is_cuda:
@@ -1590,14 +1587,9 @@ class DoGo(nn.Module):
 
     def forward(self, x1, x2, alpha=1.0):
         """Two views (B, 3, H, W) -> dict of scalars: `loss` of both, and the terms of each."""
-        x = torch.cat([x1, x2])
-        layers = self.model.represent(self.model.backbone, x)
-        peer_layers = self.peer.represent(self.peer.backbone, x)
-        h = self.model.project(layers)
-        peer_h = self.peer.project(peer_layers)
-        terms = self.model.losses(x, layers, h, alpha)
-        peer_terms = self.peer.losses(x, peer_layers, peer_h, alpha)
-        kl = mutual_kl(h[-1], peer_h[-1]) + mutual_kl(peer_h[-1], h[-1])
+        terms = self.model(x1, x2, alpha)
+        peer_terms = self.peer(x1, x2, alpha)
+        kl = mutual_kl(terms["h"], peer_terms["h"]) + mutual_kl(peer_terms["h"], terms["h"])
         loss = terms["loss"] + peer_terms["loss"] + self.mutual * kl
         for name, term in peer_terms.items():
             terms[f"peer_{name}"] = term

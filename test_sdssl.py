@@ -391,8 +391,9 @@ def test_terms_are_the_equations_of_what_heads_and_teacher_say(framework):
     r = F.normalize(layers[-1], dim=-1)
     assert_close(terms["spread"] ** 2, (r - r.mean(0)).square().sum(1).mean())
 
-    assert terms.keys() == {"loss", "ssl", "isd", "pred", "spread"}
-    assert not any(terms[name].requires_grad for name in terms.keys() - {"loss"})
+    assert terms.keys() == {"loss", "ssl", "isd", "pred", "spread", "h"}
+    assert not any(terms[name].requires_grad for name in ("ssl", "isd", "pred", "spread"))
+    assert_close(terms["h"], h[-1])
 
 
 PLACES = {  # what may learn: the start of its parameters' names
@@ -1083,13 +1084,34 @@ def test_a_bug_of_ours_is_a_traceback(monkeypatch, tmp_path):
         sdssl.main(["--device", "cpu", "--out", str(tmp_path / "run")])
 
 
+README = (HERE / "README.md").read_text()
+
+
 def test_the_snippets_of_readme_run(trained, tmp_path, monkeypatch):
-    shutil.copytree(trained / "run", tmp_path / "runs/toy-sd-simclr-seed0")
+    run = tmp_path / "runs/toy-sd-simclr-seed0"
+    shutil.copytree(trained / "run", run)
     monkeypatch.chdir(tmp_path)
-    snippets = re.findall("(?s)```python\n(.*?)```", (HERE / "README.md").read_text())
+    snippets = re.findall("(?s)```python\n(.*?)```", README)
     assert snippets
     for snippet in snippets:
         exec(snippet, {})
+    assert Image.open("nearest.png").width == 10 * 34 + 2
+    weights = sdssl.load_backbone(run / "last.pt").state_dict()
+    exported = torch.load("backbone.pth", weights_only=True)
+    for layout in ("teacher", "state_dict"):  # DINO's, MoCo v3's
+        which = "teacher" if layout == "teacher" else "student"
+        found = eval_knn.foreign_weights({layout: exported[layout]}, which)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(weight, weights[name]) for name, weight in found.items())
+    assert exported["model"].keys() == weights.keys()  # MAE's
+
+
+def test_readme_says_on_which_line_each_piece_is():
+    lines = inspect.getsource(sdssl).splitlines()
+    places = re.findall(r"`(\w+)` \(line (\d+)\)", README)
+    assert len(places) >= 10
+    for name, number in places:
+        assert re.match(rf"(class|def) {name}\b", lines[int(number) - 1])
 
 
 # ---- 11, 12. A folder is a run; training; ranks ----
