@@ -42,12 +42,13 @@ def average_precision(train_x, train_y, test_x, test_y):
     train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,); 0 if no image has the
     class."""
     train_x = F.normalize(train_x.float(), dim=-1)
+    ranks = torch.arange(1, len(train_x) + 1, device=train_x.device)
     found = []
     for x, y in zip(test_x.float(), test_y):  # the query's length does not change the order
         order = (train_x @ x).argsort(descending=True)
-        ranks = 1 + (train_y[order] == y).nonzero()[:, 0]
-        hits = torch.arange(1, len(ranks) + 1, device=x.device)
-        found.append((hits / ranks).sum() / max(1, len(ranks)))
+        hits = train_y[order] == y  # (N,), the nearest first
+        precisions = hits.cumsum(0) / ranks
+        found.append((precisions * hits).sum() / hits.sum().clamp(min=1))
     return torch.stack(found)
 
 

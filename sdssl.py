@@ -442,7 +442,7 @@ class SDSSL(nn.Module):
         """Algorithm 1 up to the loss. Two views (B, 3, H, W) of the same images -> dict of scalars:
         `loss`, to be minimised; its terms `ssl`, `isd`, `pred` before their weights; `spread`, a
         watch for collapse: how far the last representations of all ranks' images, on the unit
-        sphere, are from their mean, 0 if they are one point. And `h`, the last projections (2, B, E).
+        sphere, are from their mean, 0 if they are one point. And `h`, last projections (2, B, E).
         alpha: weight of Eq. 3, which rises from 0 during training."""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
@@ -1072,8 +1072,7 @@ class Config(Learned):
 
 
 def number(kind, low=0, high=10**9):
-    """argparse's type of an int or a float from low to high; nan is not from anywhere to
-    anywhere."""
+    """argparse's type of an int or a float from low to high; nan is neither low nor high."""
 
     def parse(text):
         try:
@@ -1154,8 +1153,7 @@ def build_sdssl(config, arch):
 
 
 def build_model(config):
-    """SDSSL; or with a peer, DoGo of two of them. Raises UserError if settings do not go
-    together."""
+    """SDSSL, or DoGo around two of them. Raises UserError if settings do not go together."""
     torch.manual_seed(config.seed)  # the same weights on all ranks
     with user_error("these settings do not go together", ValueError):
         model = build_sdssl(config, config.arch)
@@ -1374,14 +1372,14 @@ def labelled_parts(config):
     if config.knn_every == 0 or not (is_named(config.data) or (folder / "val").is_dir()):
         return []
     try:
-        train = open_dataset(config.data, "train")
-        val = open_dataset(config.data, "val")
+        train_set = open_dataset(config.data, "train")
+        val_set = open_dataset(config.data, "val")
     except UserError as error:  # two folders of images, say, and none of classes
         say(f"no k-NN tables: {error}")
         return []
-    if getattr(train, "classes", None) != getattr(val, "classes", None):
+    if getattr(train_set, "classes", None) != getattr(val_set, "classes", None):
         raise UserError("train/ and val/ have different classes: mend that, or --knn-every 0")
-    return [CentreCrops(train, config.img_size), CentreCrops(val, config.img_size)]
+    return [CentreCrops(train_set, config.img_size), CentreCrops(val_set, config.img_size)]
 
 
 def knn_tables(model, parts, device, config):
@@ -1412,8 +1410,8 @@ def prepare(model, config):
 
 
 def check_shared_memory(config):
-    """Raise UserError if the batches that data workers read ahead do not fit into /dev/shm, of which
-    Docker gives 64 MB: torch would say so in a worker's traceback, and wait for ever."""
+    """Raise UserError if the batches that data workers read ahead do not fit into /dev/shm (Docker
+    gives 64 MB of it): torch would say so in a worker's traceback, and then wait for ever."""
     if config.workers == 0 or not Path("/dev/shm").is_dir():
         return
     images = max(256, 2 * config.batch_size // world_size())  # of a table's batch, or of training's
@@ -1421,15 +1419,13 @@ def check_shared_memory(config):
     needed = 3 * config.img_size**2 * images * 2 * config.workers * ranks_here
     free = shutil.disk_usage("/dev/shm").free
     if needed > free:
-        raise UserError(
-            f"{config.workers} workers need {needed / 1e9:.2f} GB of shared memory, and /dev/shm has "
-            f"{free / 1e9:.2f}: docker run --shm-size, or fewer --workers"
-        )
+        what = f"{config.workers} workers need {needed / 1e9:.2f} GB of shared memory"
+        raise UserError(f"{what}, /dev/shm has {free / 1e9:.2f}: fewer --workers, or --shm-size")
 
 
 def mean_over_ranks(terms, step):
-    """SDSSL's dict -> {name: float} of its scalars, and on a GPU the most memory used so far, in GB; this
-    waits for the device. Raises UserError if a term is not finite."""
+    """SDSSL's dict -> {name: float} of its scalars; on a GPU also the most memory used so far, GB.
+    This waits for the device. Raises UserError if a scalar is not finite."""
     scalars = {name: term.detach() for name, term in terms.items() if term.ndim == 0}
     values = gather(torch.stack(list(scalars.values()))).mean(0)
     found = dict(zip(scalars, values.tolist()))
