@@ -137,7 +137,7 @@ def foreign_backbone(checkpoint, which, num_heads, pool="cls"):
     """A ViT of DINO, MoCo v3, DeiT or timm as our VisionTransformer, in eval mode. Raises UserError
     unless every weight of the backbone fits."""
     weights = foreign_weights(checkpoint, which)
-    with sdssl.user_error("this ViT is unlike sdssl.py's", KeyError, ValueError, RuntimeError):
+    with sdssl.as_user_error("this ViT is unlike sdssl.py's", KeyError, ValueError, RuntimeError):
         width, _, _, patch_size = weights["patch_embed.proj.weight"].shape
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
         depth = len([name for name in weights if name.endswith("norm1.weight")])
@@ -330,7 +330,7 @@ def save_features(path, features, labels):
     """Validation images' representations, a key a layer, and labels, as a new .npz file."""
     arrays = {f"layer{number}": x.numpy() for number, x in enumerate(features, start=1)}
     with (
-        sdssl.user_error("--save-features", OSError),
+        sdssl.as_user_error("--save-features", OSError),
         open(path, "xb") as file,
     ):  # x: never over one
         numpy.savez(file, labels=labels.numpy(), **arrays)

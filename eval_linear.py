@@ -128,7 +128,7 @@ class Data:
                 raise UserError(complaints[0])
             x = crops[0].to(self.device, non_blocking=True) / 255
             generator = sdssl.seeded("flip", step)
-            coins = torch.rand(args.batch_size, 1, 1, 1, generator=generator)[dataset.mine]
+            coins = torch.rand(args.batch_size, 1, 1, 1, generator=generator)[dataset.ours]
             flipped = coins.to(self.device, non_blocking=True) < 0.5
             x = torch.where(flipped, TF.horizontal_flip(x), x)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
@@ -168,7 +168,7 @@ class Training:
             there = state.get("settings")
             raise UserError(f"{self.path} is of {there}, not of {self.settings}: move it away")
         what = f"{self.path} is another version's: move it away"
-        with sdssl.user_error(what, RuntimeError, KeyError):
+        with sdssl.as_user_error(what, RuntimeError, KeyError):
             self.modules.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
             return state["step"]

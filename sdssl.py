@@ -12,10 +12,12 @@ own loss, and sg, which stops the gradient, the whole idea is one line, Eq. 6 of
 
     loss = L_ssl(q_L, z_L)                                     the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
-         + beta * sum_l L_ssl(predictor_l(sg(h_l)), sg(z_L))   keeps predictors good, Eq. 5
+         + beta * sum_l L_ssl(predictor_l(sg(h_l)), sg(z_L))   trains predictors only, Eq. 5
 
-SimCLR has neither a teacher nor predictors. There z_L is h_L, q_l is h_l, and the last term is
-missing, which makes it Eq. 4.
+Eq. 3 is a mean over the lower layers; Eq. 5 is a sum over all layers, the last one included. A
+momentum teacher has no gradient anyway, so sg(z_L) matters in SimCLR alone. SimCLR has neither
+teacher nor predictors: its z_L is h_L, its q_l is h_l, and the Eq. 5 term is left out, which makes
+the whole Eq. 4.
 
     python sdssl.py                                                # SD-SimCLR on drawn glyphs
     python sdssl.py --framework byol --no-distill                  # plain BYOL
@@ -24,11 +26,12 @@ missing, which makes it Eq. 4.
 Read from top to bottom. The method comes first: 1 ViT, 2 ranks, 3 heads, 4 losses, 5 objective,
 6 one step. Then what a run needs: 7 views, 8 data, 9 k-NN, 10 settings, 11 a folder is a run,
 12 training. Beside the method stand, at the end, 13 ResNet and Distill-on-the-Go. Parts 1 to 5 need
-nothing that stands below them: copy freely. "Section" and "Eq." are always the paper's.
+nothing that stands below them: copy freely. "Section", "Eq." and "Table" alone are the paper's.
 
 Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, E head output. C of
-the layers have heads: in general all of them. Two views of an image are an axis of length 2: in z
-of shape (2, B, E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) crosses them.
+the layers have heads: all of them by default, only the last one without distillation. Two views of
+an image are an axis of length 2: in z of shape (2, B, E), z[0] belongs to view 1 and z[1] to view
+2, and z.flip(0) exchanges them.
 """
 
 import argparse
@@ -50,18 +53,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-# ---- 1. The backbone: a ViT that returns every layer's representation; its names are timm's ----
+# ---- 1. The backbone: a ViT that returns every layer's representation ----
+#
+# Parameters have the names of timm's VisionTransformer, so that weights travel both ways.
 
 
 def sincos_2d(dim, height, width):
@@ -112,12 +116,14 @@ class Block(nn.Module):
 
 class VisionTransformer(nn.Module):
     """ViT as in MoCo v3: sine-cosine positions and a random patch projection, both frozen (section
-    4.1). Images (B, 3, img_size, img_size) -> a list of L representations (B, D), one a layer.
+    4.1). Images (B, 3, img_size, img_size) -> a list of L representations (B, D), one per layer.
 
-    pool: what represents a layer, through the final LayerNorm that all layers share: "cls", the
-    [CLS] token after the layer's block (the paper), or "patches", the mean of the other tokens.
+    pool says which tokens represent a layer: "cls" takes [CLS] after the layer's block (the paper),
+    "patches" takes the mean of all other tokens. Either goes through the final LayerNorm, which all
+    layers share.
 
-    Raises ValueError if patches do not tile the image, or heads and positions not the width."""
+    Raises ValueError if the patches do not tile the image, or if the width is not divisible by the
+    number of heads and by 4."""
 
     def __init__(
         self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=12, pool="cls"
@@ -130,8 +136,8 @@ class VisionTransformer(nn.Module):
         if pool not in ("cls", "patches"):
             raise ValueError(f"pool must be cls or patches, not {pool!r}")
         self.pool = pool
-        self.widths = [embed_dim] * depth  # of each layer's representation: all that SDSSL asks for
-        self.recompute = False  # True: blocks keep nothing for backward, and run again there
+        self.widths = [embed_dim] * depth  # of each layer's representation; SDSSL asks for them
+        self.recompute = False  # True: run each block again in backward instead of storing it
         grid = img_size // patch_size
         conv = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict(dict(proj=conv))
@@ -165,7 +171,7 @@ class VisionTransformer(nn.Module):
             # nobody looks at the last block's patches, unless they represent the layer
             cls_only = number == len(self.blocks) and self.pool == "cls"
             if self.recompute:
-                x = checkpoint(block, x, cls_only, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, cls_only, use_reentrant=False)
             else:
                 x = block(x, cls_only)
             pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)  # (B, D)
@@ -175,9 +181,11 @@ class VisionTransformer(nn.Module):
 
 # ---- 2. Ranks: the processes that train together, each on its part of the batch ----
 #
-# Each rank has equally many images, and its loss is the mean over those. DistributedDataParallel
-# averages the ranks' gradients. All together that is the gradient of one process on the joined
-# batch, if two things hold: heads and losses see the images of all ranks, and gradients flow back.
+# R ranks have equally many images each, and rank r's loss L_r is the mean over its own. The loss of
+# the joined batch is L = (L_1 + ... + L_R) / R. Heads and losses see the images of all ranks, so
+# each L_r depends on what every rank computes: `gather` hands it out, and in backward it sums what
+# the losses of all ranks say about this rank's part. DistributedDataParallel averages the ranks'
+# gradients, which is the division by R. Together: the gradient of one process on the joined batch.
 
 
 def rank():
@@ -190,14 +198,12 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# torch 2.14 gave all_gather_into_tensor this name, and warns of the older one
+# torch 2.14 renamed all_gather_into_tensor, and warns if one uses the older name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather with gradients. The losses of all ranks depend on this rank's x, so its gradient
-    is the sum of what they all say; DDP then makes a mean of the sum, as a mean over images is
-    due."""
+    """all_gather with gradients: backward sums the gradients that all ranks' losses have for x."""
 
     @staticmethod
     def forward(ctx, x):
@@ -226,18 +232,21 @@ def standardise(x):
     """BatchNorm without scale and shift, in float32: x (..., B) over the images of all ranks."""
     x = x.float()
     if world_size() == 1:
-        return F.layer_norm(x, x.shape[-1:])  # it standardises the last axis: here, the images
+        # the last axis is the images, and 1e-5 is BatchNorm's epsilon, too: the same, in one kernel
+        return F.layer_norm(x, x.shape[-1:], eps=1e-5)
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    var, mean = gather(torch.stack([var, mean])).unbind(1)  # each rank's own: (ranks, ..., 1)
-    var = var.mean(0) + mean.var(0, correction=0)  # within the ranks, and between them
+    var, mean = gather(torch.stack([var, mean])).unbind(1)  # of each rank: (ranks, ..., 1)
+    # ranks have equally many images: variance within the ranks, plus variance between them
+    var = var.mean(0) + mean.var(0, correction=0)
     mean = mean.mean(0)
     return (x - mean) * (var + 1e-5).rsqrt()
 
 
 class Heads(nn.Module):
-    """Several equal MLPs side by side, (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]):
-    each layer's representations go through a copy of their own, in as few operations as one. A copy
-    is
+    """Several MLPs of the same shape, each with weights of its own, computed side by side:
+    (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer's
+    representations of both views. On each view a copy computes what this module does in training
+    mode; running statistics are not kept, for no head is ever evaluated:
 
         nn.Sequential(
             nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(),
@@ -245,8 +254,7 @@ class Heads(nn.Module):
             ...,
             nn.Linear(widths[-2], widths[-1], bias=False), nn.BatchNorm1d(widths[-1], affine=False))
 
-    in training mode: statistics are of the batch, for each view alone. Running ones are not kept,
-    for no head is ever evaluated. last_bn: whether there is the last BatchNorm; BYOL has none."""
+    last_bn=False leaves out the last BatchNorm, as BYOL does."""
 
     def __init__(self, copies, widths, last_bn=True):
         super().__init__()
@@ -261,10 +269,11 @@ class Heads(nn.Module):
 
     def forward(self, x):
         x = x.permute(0, 3, 1, 2)  # (copies, widths[0], 2, B): standardise wants the images last
-        for weight, scale, shift in zip(self.weights, self.scales, self.shifts):
+        *hidden, last = self.weights
+        for weight, scale, shift in zip(hidden, self.scales, self.shifts):
             x = self.linear(weight, x)
             x = F.relu(standardise(x) * scale + shift)
-        x = self.linear(self.weights[-1], x)
+        x = self.linear(last, x)
         if self.last_bn:
             x = standardise(x)
         return x.permute(0, 2, 3, 1)
@@ -274,17 +283,22 @@ class Heads(nn.Module):
         return (weight @ x.flatten(2)).unflatten(2, (2, -1))  # (copies, out, 2, B)
 
 
-# ---- 4. Losses: pure functions of tensors, one value for each leading index ----
+# ---- 4. Losses: pure functions of tensors ----
+#
+# All three take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the same B images. View
+# 1's anchors are compared with view 2's keys, and view 2's with view 1's; the two directions are
+# summed, as in Algorithm 1. The result has one value for each leading index (...), here: layers.
 
 
 def all_ranks(z):
     """z (..., B, E) of every rank -> (..., ranks * B, E), in float32, differentiable."""
-    return gather(z.float()).movedim(0, -3).flatten(-3, -2)
+    z = gather(z.float()).movedim(0, -3)  # (..., ranks, B, E)
+    return z.flatten(-3, -2)
 
 
 def similarity(q, keys, tau):
     """Logits (..., B, M): cosine similarities of q (..., B, E) and keys (..., M, E), over tau. In
-    float32, for a softmax at tau = 0.2 is about differences that half precision loses."""
+    float32, because a softmax at tau = 0.2 needs differences that half precision loses."""
     with torch.autocast(q.device.type, enabled=False):
         q = F.normalize(q.float(), dim=-1)
         keys = F.normalize(keys.float(), dim=-1)
@@ -296,37 +310,35 @@ def positives(logits):
     return logits.diagonal(offset=rank() * logits.shape[-2], dim1=-2, dim2=-1)
 
 
-def ctr(q, z, tau=0.2):
-    """Contrastive loss, Eq. 2 as in Algorithm 1, of anchors q and the other view's keys z, both
-    (..., B, E) or broadcast to it -> (...). It is 2 tau times the cross entropy of <q, z> / tau
-    with the image's own key as the class, mean over images; negatives are all other images' keys,
-    on all ranks. (Cross entropy, written out: -log(exp(positive) / sum exp) = logsumexp -
-    positive.)"""
-    logits = similarity(q, all_ranks(z), tau)  # (..., B, ranks * B)
-    return 2 * tau * (logits.logsumexp(-1) - positives(logits)).mean(-1)
-
-
 def byol_loss(q, z):
-    """Eq. 1: 2 - 2 cos(q, z), mean over images, of q and the other view's z (..., B, E) ->
-    (...)."""
-    return 2 - 2 * F.cosine_similarity(q.float(), z.float(), dim=-1).mean(-1)
+    """Eq. 1: 2 - 2 cos(q, z), mean over images."""
+    similarities = F.cosine_similarity(q.float(), z.flip(0).float(), dim=-1)  # (..., 2, B)
+    return (2 - 2 * similarities.mean(-1)).sum(-1)
+
+
+def ctr(q, z, tau=0.2):
+    """MoCo v3's loss, Eq. 2 as in Algorithm 1: 2 tau times the cross entropy of <q, z> / tau, where
+    the right class is the anchor's own image; mean over images. Negatives are the other view's keys
+    of all other images, on all ranks. The factor 2 tau is MoCo v3's; AdamW does not notice it."""
+    logits = similarity(q, all_ranks(z.flip(0)), tau)  # (..., 2, B, ranks * B)
+    cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
+    return (2 * tau * cross_entropy.mean(-1)).sum(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss, Eq. 2 with its negatives: anchors q (..., 2, B, E) and keys z (2, B, E), which
-    are crossed in here; both directions are summed -> (...). nt_xent(z, z) is plain SimCLR.
-
-    The positive is the own image's key of the other view. Negatives are both views' keys of all
-    other images, on all ranks; the own image's key of the anchor's own view is neither."""
+    """SimCLR's loss: as `ctr`, its factor included, with more negatives. An anchor also meets the
+    keys of its own view; among those its own image's key is masked, for it is neither a positive
+    nor a negative. nt_xent(z, z) is plain SimCLR."""
     keys = all_ranks(z)  # (2, ranks * B, E)
-    across = similarity(q, keys.flip(0), tau)  # view 1's anchors with view 2's keys, and back
-    within = similarity(q, keys, tau)  # with keys of their own view
+    across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
+    within = similarity(q, keys, tau)  # with those of the anchor's own view
     B, M = within.shape[-2:]
-    place = rank() * B + torch.arange(B, device=q.device)  # of this rank's images among all
-    own = place[:, None] == torch.arange(M, device=q.device)  # (B, ranks * B)
-    within = within.masked_fill(own, -torch.inf)
+    position = rank() * B + torch.arange(B, device=q.device)  # of our images among all ranks'
+    same_image = position[:, None] == torch.arange(M, device=q.device)  # (B, ranks * B)
+    within = within.masked_fill(same_image, -torch.inf)
     total = torch.logaddexp(across.logsumexp(-1), within.logsumexp(-1))
-    return 2 * tau * (total - positives(across)).mean(-1).sum(-1)
+    cross_entropy = total - positives(across)  # (..., 2, B)
+    return 2 * tau * cross_entropy.mean(-1).sum(-1)
 
 
 # ---- 5. The objective: Algorithm 1, for all three frameworks ----
@@ -335,22 +347,24 @@ FRAMEWORKS = ("simclr", "byol", "mocov3")
 
 
 class SDSSL(nn.Module):
-    """Self-distilled MoCo v3, BYOL or SimCLR; without `distill`, the plain framework.
+    """Self-distilled MoCo v3, BYOL or SimCLR; with distill=False, the plain framework.
 
-    Why should lower layers follow the last one? A layer that already tells images apart leaves the
-    layers above an easier task (section 1). And why are predictors trained by a term of their own?
-    The frameworks rest on a predictor that is near its optimum (BYOL; section 3.2), and those of
-    the lower layers would learn from a loss that is weighted by alpha, which starts at 0.
+    Why should lower layers follow the last one? A layer that already tells images apart leaves an
+    easier task to the layers above it (section 1). Why do predictors get a term of their own? These
+    frameworks rest on a predictor that is near its optimum (BYOL; section 3.2), and the lower
+    layers' predictors would otherwise learn only as much as alpha allows, which starts at 0.
 
-    backbone: a module with `widths`, one a layer and none above the last one's, whose forward
-        returns as many representations (B, width)
-    hidden_dim: of the last projector and all predictors; the other projectors have half of it
-    out_dim: E; tau: temperature of the contrastive losses; beta: weight of Eq. 5
-    every: distil only each so-many-th layer, counted from the last one (Table 6)
-    mid_layers: linear layers of the intermediate projectors, 2 or 3 (Table 6)
+    backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
+        returns a list of representations (B, width), one per layer
+    hidden_dim: of the last projector and of all predictors; the other projectors have half of it
+    out_dim: E
+    tau: temperature of the contrastive losses
+    beta: weight of Eq. 5
+    every: distil only every n-th layer, counted from the last one (Table 6)
+    mid_layers: number of linear layers in the intermediate projectors, 2 or 3 (Table 6)
 
-    Raises ValueError for what cannot be built, and in the first step if the backbone's widths are
-    not what it says."""
+    Raises ValueError for what cannot be built, and in the first step if the backbone returns other
+    widths than it announces."""
 
     def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256,
                  tau=0.2, beta=1.0, every=1, mid_layers=3):  # fmt: skip
@@ -397,7 +411,7 @@ class SDSSL(nn.Module):
         """Both views x (2B, 3, H, W) -> L representations (2B, D)."""
         if not self.batch_norm:
             return backbone(x)
-        view1, view2 = x.chunk(2)  # one after the other, for BatchNorm shall not mix them
+        view1, view2 = x.chunk(2)  # a ResNet's BatchNorm must not mix the views
         return [torch.cat(pair) for pair in zip(backbone(view1), backbone(view2))]
 
     def through(self, mid_heads, last_head, x):
@@ -408,8 +422,8 @@ class SDSSL(nn.Module):
 
     def project(self, layers):
         """L representations (2B, D) -> h (C, 2, B, E), by the projectors of the C layers with
-        heads. Narrower stages of a ResNet get zeros up to the last one's width, so that one stack
-        serves all."""
+        heads. A ResNet's narrower stages are padded with zeros to the last one's width, so that all
+        can be stacked."""
         widths = [layer.shape[1] for layer in layers]
         if widths != list(self.backbone.widths):
             raise ValueError(f"a backbone of widths {self.backbone.widths} returns {widths}")
@@ -430,37 +444,38 @@ class SDSSL(nn.Module):
         return self.teacher_projector(last[None])[0]
 
     def L_ssl(self, q, z):
-        """The framework's loss from each view of q (C, 2, B, E) to the other view of z (2, B, E),
-        the two directions summed -> (C,)."""
+        """The framework's loss between q (C, 2, B, E) and z (2, B, E), see part 4 -> (C,)."""
         if self.framework == "simclr":
             return nt_xent(q, z, self.tau)
         if self.framework == "byol":
-            return byol_loss(q, z.flip(0)).sum(-1)
-        return ctr(q, z.flip(0), self.tau).sum(-1)
+            return byol_loss(q, z)
+        return ctr(q, z, self.tau)
 
     def forward(self, x1, x2, alpha=1.0):
         """Algorithm 1 up to the loss. Two views (B, 3, H, W) of the same images -> dict of scalars:
-        `loss`, to be minimised; its terms `ssl`, `isd`, `pred` before their weights; `spread`, a
-        watch for collapse: how far the last representations of all ranks' images, on the unit
-        sphere, are from their mean, 0 if they are one point. And `h`, last projections (2, B, E).
-        alpha: weight of Eq. 3, which rises from 0 during training."""
+        `loss`, to be minimised; its three terms before they are weighted, `ssl` (the framework's),
+        `isd` (intermediate self-distillation) and `pred` (the predictors'); `spread`, which shows
+        collapse: the root mean square distance of the last representations, on the unit sphere,
+        from their mean; 0 if all images have become one point. And `h`, the last projections (2, B,
+        E). alpha: weight of Eq. 3; training raises it from 0."""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
         h = self.project(layers)  # (C, 2, B, E)
         q = self.predict(h)  # (C, 2, B, E)
         z = h[-1] if self.framework == "simclr" else self.target(x)  # (2, B, E)
 
-        loss_ssl = self.L_ssl(q[-1:], z).sum()  # Eqs. 1 and 2
+        loss_ssl = self.L_ssl(q[-1:], z)[0]  # Eqs. 1 and 2
         loss_isd = torch.zeros_like(loss_ssl)
         loss_pred = torch.zeros_like(loss_ssl)
         if self.distill:
-            # sg(z): with SimCLR it is h[-1], which shall lead the lower layers, and not follow them
+            # sg(z): in SimCLR z is h[-1], which must not follow the lower layers
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
         if self.distill and self.framework != "simclr":
-            # sg(h): this moves predictors and nothing else
+            # sg(h): the same values as above, but this gradient reaches the predictors alone
             loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
+        # over unit vectors u with mean m, the mean of |u - m|^2 is 1 - |m|^2
         mean = gather(F.normalize(layers[-1].detach().float()).mean(0)).mean(0)
         spread = (1 - mean.norm() ** 2).clamp(min=0).sqrt()
         terms = dict(ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach())
@@ -468,8 +483,9 @@ class SDSSL(nn.Module):
 
     @property
     def networks(self):
-        """The backbones worth keeping, by name. SimCLR's only one is its own teacher."""
-        return dict(teacher=self.teacher or self.backbone, student=self.backbone)
+        """The backbones worth keeping, by name. SimCLR has one, which goes by both names."""
+        teacher = self.backbone if self.teacher is None else self.teacher
+        return dict(teacher=teacher, student=self.backbone)
 
     @torch.no_grad()
     def update_teacher(self, m):
@@ -479,7 +495,8 @@ class SDSSL(nn.Module):
             return
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
-        get_ema_multi_avg_fn(m)(teacher, student, None)
+        for ours, theirs in zip(student, teacher):
+            theirs.lerp_(ours, 1 - m)
 
 
 # ---- 6. One step: the schedules, and a turn of Algorithm 1's loop ----
@@ -493,7 +510,7 @@ def cosine(start, end, t):
 def learning_rate(step, total, warmup, peak):
     """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
     if step < warmup:
-        return peak * min(1, (step + 1) / warmup)
+        return peak * min(1, (step + 1) / warmup)  # warmup may be no whole number
     return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
@@ -555,14 +572,15 @@ def seeded(*key):
 
 
 def normalize_pixels(x):
-    """(B, 3, H, W) in [0, 1] -> the same without ImageNet's mean and standard deviation."""
+    """x (B, 3, H, W) in [0, 1], normalised by ImageNet's mean and standard deviation."""
     return (x - MEAN.to(x.device, non_blocking=True)) / STD.to(x.device, non_blocking=True)
 
 
 def shift_hue(x, shift):
-    """Turn the hue of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), a part of the circle. In HSV
-    a colour is its value (largest channel), chroma (largest minus smallest) and hue, in sixths of a
-    turn: red 0, green 2, blue 4."""
+    """Turn the hue of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), a part of the circle;
+    torchvision can only turn a whole batch by one angle. In HSV a colour is its value (the largest
+    channel), its chroma (largest minus smallest) and its hue, in sixths of a turn: red 0, green 2,
+    blue 4."""
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
@@ -609,10 +627,10 @@ def gaussian_blur(x, sigma, radius):
 
 
 def augment(x, blur, solarize, generator):
-    """A random view of each image by BYOL's recipe (its Table 6), which is MoCo v3's: crops x (B,
-    3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: the CPU's, in
-    the same state on all ranks; numbers are drawn for the global batch, and each rank takes its
-    images'."""
+    """A random view of each image by BYOL's recipe (Table 6 of BYOL), which MoCo v3 uses, too:
+    crops x (B, 3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: on
+    the CPU, in the same state on all ranks. Random numbers are drawn for the global batch, and each
+    rank uses those of its own images, so that views do not depend on the number of ranks."""
 
     def uniform(low, high):
         numbers = torch.rand(world_size(), len(x), 1, 1, 1, generator=generator)
@@ -637,7 +655,8 @@ def augment(x, blur, solarize, generator):
     x = sometimes(0.8, jitter, x, *strengths)
     x = sometimes(0.2, partial(TF.rgb_to_grayscale, num_output_channels=3), x)
     sigma = scale * uniform(0.1, 2.0)
-    x = sometimes(blur, partial(gaussian_blur, radius=math.ceil(6 * scale)), x, sigma)
+    radius = math.ceil(6 * scale)  # three times the largest sigma
+    x = sometimes(blur, partial(gaussian_blur, radius=radius), x, sigma)
     x = sometimes(solarize, partial(TF.solarize, threshold=0.5), x)
     return sometimes(0.5, TF.horizontal_flip, x)
 
@@ -652,10 +671,10 @@ def two_views(crops, seed, step):
 
 
 def random_box(tries, height, width, min_area):
-    """A random crop's top, left, height and width, as torchvision's RandomResizedCrop draws it:
-    area uniform between `min_area`, a part of the image's, and 1; log aspect between log 3/4 and
-    log 4/3. tries: four numbers in [0, 1) each; the first box that fits is taken, or the last, cut
-    to fit."""
+    """A random crop's top, left, height and width, as torchvision's RandomResizedCrop draws it: the
+    area is uniform from `min_area` to 1 (parts of the image's area), the logarithm of the aspect
+    uniform from log 3/4 to log 4/3. tries: four numbers in [0, 1) for each attempt; the first box
+    that fits is taken. If none does, the last one is cut to fit (torchvision takes the centre)."""
     for u_area, u_aspect, u_top, u_left in tries:
         area = (min_area + (1 - min_area) * u_area) * height * width
         aspect = (3 / 4) ** (1 - 2 * u_aspect)
@@ -676,20 +695,20 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_error(what, *kinds):
-    """An exception of these kinds, raised inside, is the user's to mend: it becomes a UserError of
-    one line, `what` and the whole reason, without the colours of terminals."""
+def as_user_error(what, *kinds):
+    """Exceptions of these kinds, raised inside, become a UserError of one line: `what`, and the
+    whole reason."""
     try:
         yield
     except kinds as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch.load's has terminal colours
         raise UserError(f"{what}: {' '.join(reason.split())}") from error
 
 
 def draw_glyphs(n, seed):
     """The toy set, n times (PIL image of 32 pixels, class): grey flowers. The class is the number
-    of petals, 0 to 4, and whether there is a hole. Grey, for instance discrimination would rather
-    look at colours than at shapes."""
+    of petals, 0 to 4, and whether there is a hole. They are grey (but for noise) because instance
+    discrimination would look at colours rather than at shapes."""
     generator = seeded("glyphs", seed)
 
     def uniform(low, high):
@@ -778,7 +797,7 @@ def open_dataset(data, part="pretrain"):
     folder. Raises UserError if there is no such thing."""
     if data == "toy":
         return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
-    with user_error(f"--data {data}: no {part} images", OSError, RuntimeError, ValueError):
+    with as_user_error(f"--data {data}: no {part} images", OSError, RuntimeError, ValueError):
         if data in SETS:
             return open_named(data, part)
         folder = Path(data)
@@ -811,7 +830,7 @@ def read_image(source, i):
     broken."""
     name = source.samples[i][0] if hasattr(source, "samples") else i
     # any exception: each of PIL's decoders has its own
-    with user_error(f"unreadable image {name}", Exception):
+    with as_user_error(f"unreadable image {name}", Exception):
         image, label = source[i]
         return to_rgb(image), label
 
@@ -827,12 +846,13 @@ class TrainingCrops:
     """The training set, indexed by the step and not by the image: dataset[step] is this rank's part
     of the step's whole batch, already cropped. Whoever reads it, in whatever order, gets the same.
 
-    Returns uint8 crops (crops, B, 3, size, size), the images' numbers in `source` (B,), and a list
-    of what was unreadable; another image stands in its place. Raises UserError if no batch is full,
-    ranks cannot share it, or hardly anything is readable."""
+    Returns uint8 crops (crops, B, 3, size, size), the images' indices in `source` (B,), and
+    complaints about unreadable images, a list of str; other images stand in for those. Raises
+    UserError if there are fewer images than a batch needs, if the batch cannot be divided among the
+    ranks, or if a hundred images in a row are unreadable."""
 
     source: object  # a dataset of (PIL image, class)
-    images: torch.Tensor  # the numbers of those to train on
+    indices: torch.Tensor  # of the images to train on, in `source`
     batch_size: int  # global
     size: int  # pixels
     min_crop: float  # smallest crop, part of the image's area
@@ -842,40 +862,44 @@ class TrainingCrops:
     def __post_init__(self):
         if self.batch_size % world_size():
             raise UserError(f"--batch-size must be a multiple of {world_size()} ranks")
-        if len(self.images) < self.batch_size:
-            what = f"{len(self.images)} images do not fill a batch of {self.batch_size}"
+        if len(self.indices) < self.batch_size:
+            what = f"{len(self.indices)} images do not fill a batch of {self.batch_size}"
             raise UserError(f"{what}: give more, or a smaller --batch-size (at least 2)")
-        self.steps_per_epoch = len(self.images) // self.batch_size
+        self.steps_per_epoch = len(self.indices) // self.batch_size
         share = self.batch_size // world_size()
-        self.mine = slice(rank() * share, (rank() + 1) * share)  # workers do not know their rank
+        # our part of each batch; kept, because worker processes do not know their rank
+        self.ours = slice(rank() * share, (rank() + 1) * share)
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = shuffled(len(self.images), "order", self.seed, epoch)
-        places = order[batch * self.batch_size :][self.mine]
+        order = self.indices[shuffled(len(self.indices), "order", self.seed, epoch)]
+        chosen = order[batch * self.batch_size :][self.ours]
         generator = seeded("crops", self.seed, step)
-        u = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)[self.mine].tolist()
-        numbers = []
+        # 10 tries for each crop of each image of the global batch, see random_box
+        u = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)[self.ours]
+        read = []
         crops = []
         complaints = []
-        for place, tries_of_crops in zip(places.tolist(), u):
-            image, number = self.read(int(self.images[place]), step, complaints)
+        for index, tries_of_crops in zip(chosen.tolist(), u.tolist()):
+            image, index = self.read(index, step, complaints)
+            read.append(index)
             x = TF.pil_to_tensor(image)[None]
-            numbers.append(number)
-            crops += [self.crop(x, tries) for tries in tries_of_crops]
+            for tries in tries_of_crops:
+                crops.append(self.crop(x, tries))
         crops = torch.cat(crops).unflatten(0, (-1, self.crops)).transpose(0, 1)
-        return crops, torch.tensor(numbers), complaints
+        return crops, torch.tensor(read), complaints
 
-    def read(self, number, step, complaints):
-        """Image `number`, or if it is broken, another one, drawn: broken files come in rows.
-        Returns it with its number. Adds to the list of complaints."""
+    def read(self, index, step, complaints):
+        """This image and its index. If it cannot be read, add to the complaints and try another,
+        drawn at random: broken files often lie side by side, and must not all have one stand-in."""
         for attempt in range(100):
             try:
-                return read_image(self.source, number)[0], number
+                return read_image(self.source, index)[0], index
             except UserError as error:
                 complaints.append(str(error))
-            generator = seeded("another", self.seed, step, number, attempt)
-            number = int(self.images[torch.randint(len(self.images), (), generator=generator)])
+            generator = seeded("another", self.seed, step, index, attempt)
+            drawn = torch.randint(len(self.indices), (), generator=generator)
+            index = int(self.indices[drawn])
         raise UserError(f"100 images in a row are unreadable, the last one: {complaints[-1]}")
 
     def crop(self, x, tries):
@@ -928,10 +952,12 @@ def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
 
 @torch.no_grad()
 def extract(backbone, dataset, device, workers=0, bf16=False):
-    """Frozen representations of the n images in `dataset`, which gives (uint8 image, class): every
-    layer's, L x (M, D_l), on the CPU in float16 (ImageNet x 12 layers must fit), classes (M,), and
-    n. Ranks take turns, M images each, some images twice if n does not divide; gather_images puts
-    them together."""
+    """Frozen representations of the n images in `dataset`, which gives (uint8 image, class).
+    Returns (features, labels, n): every layer's representations, L x (M, D_l), on the CPU in
+    float16 (twelve layers of ImageNet must fit into memory), and the classes (M,).
+
+    Ranks take turns: each has M of the n images, a few of them twice if n is not a multiple of the
+    ranks. gather_images puts them together."""
     backbone.eval()
     n = len(dataset)
     each = math.ceil(n / world_size())
@@ -1019,9 +1045,9 @@ def setting(default, text, choices=None, low=0, high=10**9):
 
 
 @dataclass
-class Learned:
-    """What is learned follows from these settings, the images and rounding, and from nothing else.
-    The defaults are the paper's, for ImageNet (section 4.1)."""
+class Recipe:
+    """What is learned follows from these settings, the images, and rounding. The defaults are the
+    paper's for MoCo v3 and BYOL on ImageNet (section 4.1)."""
 
     framework: str = setting("simclr", "SSL framework that is self-distilled", FRAMEWORKS)
     distill: bool = setting(True, "self-distillation; without it, the plain framework")
@@ -1044,7 +1070,7 @@ class Learned:
     epochs: int = setting(300, "passes over the training images", low=1)
     warmup: float = setting(40 / 300, "part of the run in which the learning rate rises", high=1)
     batch_size: int = setting(1024, "images in a step, over all ranks", low=2)
-    lr: float = setting(1.5e-4, "peak learning rate per 256 images of batch_size")
+    lr: float = setting(1.5e-4, "peak, per 256 images of batch_size; SimCLR on ImageNet 1.3e-4")
     weight_decay: float = setting(0.1, "AdamW's, on matrices; none on biases, norms and [CLS]")
     min_crop: float = setting(0.08, "smallest crop, part of the image's area", low=0.01, high=1)
     seed: int = setting(0, "of everything random")
@@ -1054,7 +1080,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass
-class Config(Learned):
+class Config(Recipe):
     """All settings; these say where and how it runs, and a run may go on with other values."""
 
     data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
@@ -1072,7 +1098,7 @@ class Config(Learned):
 
 
 def number(kind, low=0, high=10**9):
-    """argparse's type of an int or a float from low to high; nan is neither low nor high."""
+    """argparse's type of an int or a float from low to high; nan is refused."""
 
     def parse(text):
         try:
@@ -1126,7 +1152,7 @@ def parse_config(argv=None):
     if "bf16" not in given:
         config.bf16 = config.device == "cuda"
     if "lr" not in given and preset == "imagenet" and config.framework == "simclr":
-        config.lr = 1.3e-4  # section 4.1
+        config.lr = 1.3e-4  # the paper's for SimCLR (section 4.1)
     return config
 
 
@@ -1155,7 +1181,7 @@ def build_sdssl(config, arch):
 def build_model(config):
     """SDSSL, or DoGo around two of them. Raises UserError if settings do not go together."""
     torch.manual_seed(config.seed)  # the same weights on all ranks
-    with user_error("these settings do not go together", ValueError):
+    with as_user_error("these settings do not go together", ValueError):
         model = build_sdssl(config, config.arch)
         if config.peer == "none":
             return model
@@ -1166,7 +1192,7 @@ def load_checkpoint(path):
     """A checkpoint: a dict of tensors and plain values, nothing that can run. Raises UserError if
     the file holds anything else."""
     # any exception: bytes can be wrong in many ways
-    with user_error(f"cannot read the checkpoint {path}", Exception):
+    with as_user_error(f"cannot read the checkpoint {path}", Exception):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return dict(checkpoint)
 
@@ -1196,7 +1222,9 @@ def write_whole(path, write):
     """`write` makes a file, which is then renamed to `path`: the old one or the new is always
     there. Raises UserError if it cannot be written, on a full disk, say."""
     new = path.with_name(path.name + ".new")
-    with user_error(f"cannot write {path}, what was there before still is", OSError, RuntimeError):
+    with as_user_error(
+        f"cannot write {path}, what was there before still is", OSError, RuntimeError
+    ):
         try:
             write(new)
             os.replace(new, path)
@@ -1211,7 +1239,7 @@ def say(text):
 
 
 def differences(settings, others):
-    """Text: the settings that are not the same among the others."""
+    """Text: the settings whose values differ from the others'."""
     unlike = [name for name, value in settings.items() if others.get(name) != value]
     return ", ".join(f"{name} {settings[name]}" for name in unlike)
 
@@ -1219,7 +1247,7 @@ def differences(settings, others):
 class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
     record a line) and last.pt (the checkpoint). Rank 0 writes. `learned` tells this run from
-    others: the settings of Learned, and the images. A folder that holds another run, or anything
+    others: the settings of Recipe, and the images. A folder that holds another run, or anything
     else, is refused with a UserError and left as it is."""
 
     CANNOT = "a checkpoint that this version cannot continue: choose another --out"
@@ -1229,7 +1257,7 @@ class Run:
         name = f"{Path(config.data).resolve().name}-{framework}-seed{config.seed}"
         self.config = config
         self.folder = Path(config.out or f"runs/{name}")
-        self.learned = {name: getattr(config, name) for name in asdict(Learned())}
+        self.learned = {name: getattr(config, name) for name in asdict(Recipe())}
         source = config.data if is_named(config.data) else "a folder"  # folders may move
         self.learned["images"] = f"{images} of {source}"
         self.records = []
@@ -1238,7 +1266,7 @@ class Run:
 
     def find_checkpoint(self):
         """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
-        with user_error("argument --out", OSError):
+        with as_user_error("argument --out", OSError):
             names = os.listdir(self.folder) if self.folder.exists() else []
         if names and not {"last.pt", "log.jsonl"} & set(names):
             raise UserError(f"{self.folder} is not a run's, and not empty: choose another --out")
@@ -1247,7 +1275,7 @@ class Run:
         checkpoint = load_checkpoint(self.folder / "last.pt")
         if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
             raise UserError(f"{self.folder} holds {self.CANNOT}")
-        there = asdict(Learned()) | checkpoint["learned"]  # older versions had fewer settings
+        there = asdict(Recipe()) | checkpoint["learned"]  # older versions had fewer settings
         if there != self.learned:
             other = differences(there, self.learned)
             raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
@@ -1258,7 +1286,7 @@ class Run:
         step = 0
         checkpoint = self.find_checkpoint()
         if checkpoint:
-            with user_error(f"{self.folder} holds {self.CANNOT}", RuntimeError, ValueError):
+            with as_user_error(f"{self.folder} holds {self.CANNOT}", RuntimeError, ValueError):
                 model.load_state_dict(checkpoint["model"])
                 optimizer.load_state_dict(checkpoint["optimizer"])
             step = checkpoint["step"]
@@ -1271,13 +1299,15 @@ class Run:
         """Open the folder for writing: the log as far as the checkpoint, settings, a picture."""
         if rank() > 0:
             return
-        with user_error(f"argument --out: cannot write into {self.folder}", OSError):
+        with as_user_error(f"argument --out: cannot write into {self.folder}", OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             crops = dataset[0][0][:, :12]
-            views = torch.cat(two_views(crops, "picture", 0))  # a row of first views, one of second
+            views = torch.cat(
+                two_views(crops, "picture", 0)
+            )  # a row of first views, below it the second views
             picture = self.folder / "views.png"
             torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
 
@@ -1289,7 +1319,7 @@ class Run:
         """Add a record to the log."""
         self.records.append(record)
         if self.file:
-            with user_error(f"cannot write {self.folder}/log.jsonl", OSError):
+            with as_user_error(f"cannot write {self.folder}/log.jsonl", OSError):
                 self.file.write(json.dumps(record) + "\n")
 
     def log_tables(self, step, epoch, tables):
@@ -1316,8 +1346,7 @@ class Run:
                 self.complaints.add(complaint)
 
     def save(self, model, optimizer, step):
-        """Write the checkpoint: all that going on takes, and the networks by name, for everyone
-        else."""
+        """Write the checkpoint: what it takes to resume; and for other uses, networks by name."""
         if rank() > 0:
             return
         networks = {}
@@ -1351,7 +1380,7 @@ def set_up(device):
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.enable_cudnn_sdp(False)  # fails in some releases (pytorch 138529)
     if "RANK" in os.environ:
-        # both by name: left alone, torch 2.6 and newer take the GPU's, and CPU tensors find nobody
+        # by name, because torch 2.6 and newer would take NCCL alone, which knows no CPU tensors
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return torch.device(device)
 
@@ -1366,8 +1395,8 @@ def training_crops(config):
 
 
 def labelled_parts(config):
-    """Training and validation images for the k-NN tables; [] if none are wanted, or have classes.
-    Raises UserError if the two parts have different classes."""
+    """Training and validation images for the k-NN tables; [] if no table is wanted, or if there are
+    no classes. Raises UserError if the two parts have different classes."""
     folder = Path(config.data)
     if config.knn_every == 0 or not (is_named(config.data) or (folder / "val").is_dir()):
         return []
@@ -1405,22 +1434,32 @@ def prepare(model, config):
     if world_size() == 1:
         return model
     if config.device == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place, and in ResNets alone
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
+    # no buffers are broadcast: SyncBatchNorm's are the same on all ranks. On CPUs a ResNet's are
+    # not, each rank normalises its own images: the one case in which the number of ranks matters
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
-def check_shared_memory(config):
-    """Raise UserError if the batches that data workers read ahead do not fit into /dev/shm (Docker
-    gives 64 MB of it): torch would say so in a worker's traceback, and then wait for ever."""
-    if config.workers == 0 or not Path("/dev/shm").is_dir():
-        return
-    images = max(256, 2 * config.batch_size // world_size())  # of a table's batch, or of training's
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = 3 * config.img_size**2 * images * 2 * config.workers * ranks_here
-    free = shutil.disk_usage("/dev/shm").free
-    if needed > free:
-        what = f"{config.workers} workers need {needed / 1e9:.2f} GB of shared memory"
-        raise UserError(f"{what}, /dev/shm has {free / 1e9:.2f}: fewer --workers, or --shm-size")
+def read_ahead(dataset, steps, config):
+    """The batches of these steps, read by worker processes ahead of time: a DataLoader. Raises
+    UserError if they do not fit into /dev/shm, where workers hand them over (Docker's has 64 MB):
+    torch would say so in a worker's traceback, and then wait for ever."""
+    if config.workers > 0 and Path("/dev/shm").is_dir():
+        images = max(2 * config.batch_size // world_size(), 256)  # two views; or those of a table
+        batch = 3 * config.img_size**2 * images  # bytes
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        needed = 2 * batch * config.workers * ranks_here / 1e9  # a worker reads two batches ahead
+        free = shutil.disk_usage("/dev/shm").free / 1e9
+        if needed > free:
+            what = f"{config.workers} workers need {needed:.2f} GB of shared memory"
+            raise UserError(f"{what}, /dev/shm has {free:.2f}: fewer --workers, or --shm-size")
+    return DataLoader(
+        dataset,
+        batch_size=None,  # an item is a whole batch
+        sampler=steps,
+        num_workers=config.workers,
+        pin_memory=config.device == "cuda",
+    )
 
 
 def mean_over_ranks(terms, step):
@@ -1442,9 +1481,8 @@ def due(done, period):
 
 
 def train(config):
-    """One run, from the first image to the last checkpoint; what a checkpoint holds stays done."""
+    """One run, from the first image to the last checkpoint, or on from the checkpoint there is."""
     device = set_up(config.device)
-    check_shared_memory(config)
     dataset = training_crops(config)
     parts = labelled_parts(config)
     model = build_model(config).to(device)
@@ -1456,16 +1494,15 @@ def train(config):
     say(f"{run.folder}: step {first} to {last} of {total}, {device} x {world_size()}")
     if first >= last:
         return run.show_tables()
+    steps = range(first, last)
+    loader = read_ahead(dataset, steps, config)
     run.start(dataset)
     if parts and first == 0:
         run.log_tables(0, 0.0, knn_tables(model, parts, device, config))
 
-    trained = prepare(model, config)
-    pinned = device.type == "cuda"
-    steps = range(first, last)
-    loader = DataLoader(dataset, None, sampler=steps, num_workers=config.workers, pin_memory=pinned)
-    scale = config.batch_size
-    bar = tqdm(total=last, initial=first, unit="img", unit_scale=scale, disable=rank() > 0)
+    trained = prepare(model, config)  # the same weights
+    images = config.batch_size
+    bar = tqdm(total=last, initial=first, unit="img", unit_scale=images, disable=rank() > 0)
     clock = time.perf_counter()
     logged = first
     for step, (crops, _, complaints) in zip(steps, loader):
@@ -1484,7 +1521,7 @@ def train(config):
             speed = (done - logged) * config.batch_size / (time.perf_counter() - clock)
             run.log(step=done, epoch=epoch, lr=lr, alpha=alpha, **terms, images_per_s=speed)
             bar.set_postfix(loss=terms["loss"])
-            if parts and table:
+            if parts and table:  # only at the end of an epoch, when `save` is due, too
                 run.log_tables(done, epoch, knn_tables(model, parts, device, config))
             if save:
                 run.save(model, optimizer, done)
@@ -1497,13 +1534,13 @@ def run_or_explain(program, run):
     """What the user can change comes out as one line on stderr, with exit code 2. A traceback is a
     bug of ours."""
     for stream in (sys.stdout, sys.stderr):
-        # a terminal that cannot show a bar or a file's name shows "?"; a notebook's streams can
+        # a terminal that cannot show a bar or a file's name shows "?"; notebooks show everything
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         run()
     except UserError as error:
-        # a data worker's error comes with its traceback, and the message behind it
+        # from a data worker it comes wrapped: "Caught UserError in ...: traceback, UserError: text"
         message = str(error).rpartition("UserError: ")[2].strip()
         tqdm.write(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
@@ -1573,7 +1610,7 @@ class DoGo(nn.Module):
 
         python sdssl.py --framework simclr --no-distill --peer ARCH --mutual 0.3
 
-    It has SDSSL's interface, so the training loop does not know."""
+    It has SDSSL's interface, so the training loop treats both alike."""
 
     def __init__(self, model, peer, mutual=1.0):
         super().__init__()
