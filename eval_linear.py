@@ -342,7 +342,10 @@ def run(argv=None):
     title = f"{mode}, accuracy (%), {args.checkpoint} on {network.data}"
     if sdssl.rank() > 0:
         return
-    print(sdssl.layer_table(title, columns))
+    if args.finetune:
+        print(f"{title}: top-1 {columns['top-1'][0]:.3g}, top-5 {columns['top-5'][0]:.3g}")
+    else:
+        print(sdssl.layer_table(title, columns))
     if kept:
         name = Path(args.checkpoint).name
         key = f"{name} on {network.data}, {args.which}{read}, step {network.step}, {mode}"
