@@ -58,6 +58,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -495,8 +496,8 @@ class SDSSL(nn.Module):
             return
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
-        for ours, theirs in zip(student, teacher):
-            theirs.lerp_(ours, 1 - m)
+        # for each pair theirs.lerp_(ours, 1 - m), but all in one kernel; the last argument is unused
+        get_ema_multi_avg_fn(decay=m)(teacher, student, None)
 
 
 # ---- 6. One step: the schedules, and a turn of Algorithm 1's loop ----
