@@ -873,8 +873,8 @@ class TrainingCrops:
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = self.indices[shuffled(len(self.indices), "order", self.seed, epoch)]
-        chosen = order[batch * self.batch_size :][self.ours]
+        order = shuffled(len(self.indices), "order", self.seed, epoch)
+        chosen = self.indices[order[batch * self.batch_size :][self.ours]]
         generator = seeded("crops", self.seed, step)
         # 10 tries for each crop of each image of the global batch, see random_box
         u = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)[self.ours]
