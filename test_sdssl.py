@@ -137,9 +137,12 @@ def test_vit_represents_layers_as_torchvisions_blocks_compute_them(pool, recompu
 def test_recomputed_blocks_have_the_same_gradients(monkeypatch):
     forward = sdssl.Block.forward
     computed = []
-    monkeypatch.setattr(
-        sdssl.Block, "forward", lambda block, *x: computed.append(block) or forward(block, *x)
-    )
+
+    def noted(block, *args):
+        computed.append(block)
+        return forward(block, *args)
+
+    monkeypatch.setattr(sdssl.Block, "forward", noted)
     vit = tiny_vit()
     x = two_views()[0]
     gradients = []
@@ -1369,8 +1372,7 @@ def test_a_terminal_of_ascii_gets_tables_and_names_that_it_cannot_show(tmp_path)
 
 
 def test_workers_that_do_not_fit_into_shared_memory_are_one_line(tmp_path, capsys, monkeypatch):
-    docker = lambda path: argparse.Namespace(free=64e6)  # noqa: E731
-    monkeypatch.setattr(shutil, "disk_usage", docker)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=64e6))
     message = refused(capsys, *RUN, "--workers", "8", "--img-size", "224", "--out", tmp_path)
     assert "0.62 GB" in message and "has 0.06" in message and "--shm-size" in message
     sdssl.main(
