@@ -39,8 +39,7 @@ def average_precision(train_x, train_y, test_x, test_y):
     """Rank the training images by their cosine similarity to a query: the precision at the rank of
     each image of the query's class, averaged. The mean over queries is the mAP over classes.
 
-    train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,); 0 if no image has the
-    class."""
+    train_x (N, D), train_y (N,), test_x (M, D), test_y (M,) -> (M,), 0 without such images."""
     train_x = F.normalize(train_x.float(), dim=-1)
     ranks = torch.arange(1, len(train_x) + 1, device=train_x.device)
     found = []
@@ -73,16 +72,14 @@ def negative_alignment(x, gamma=2):
 
 
 def linear_cka(x, y):
-    """Linear centred kernel alignment of x (M, D) and y (M, D'): Kornblith et al. 2019, Eqs. 1 to
-    3."""
+    """Linear centred kernel alignment (Kornblith et al. 2019, Eqs. 1 to 3): x (M, D), y (M, D')."""
     x = x.double() - x.double().mean(0)
     y = y.double() - y.double().mean(0)
     return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())
 
 
 def exit_costs(backbone):
-    """Multiply-adds of build_backbone's ViT cut to 1, 2, ..., L blocks, in percent; [] for a
-    ResNet."""
+    """Multiply-adds, in percent, of build_backbone's ViT cut to 1, ..., L blocks; [] for ResNets."""
     counts = []
     size = backbone.architecture["img_size"]
     for depth in range(1, 1 + backbone.architecture.get("depth", 0)):
@@ -154,8 +151,7 @@ def foreign_backbone(checkpoint, which, num_heads, pool="cls"):
 
 
 def network_parser(program, doc, **checkpoint):
-    """Command line of what is evaluated, common to both scripts. checkpoint: options of that
-    argument."""
+    """Command line of both evaluation scripts. checkpoint: argparse's options of that argument."""
     parser = sdssl.Parser(program, usage=doc, allow_abbrev=False)
     parser.add_argument("checkpoint", help="last.pt, foreign weights, or random", **checkpoint)
     parser.add_argument("--data", help="as in sdssl.py; default: what the network was trained on")
@@ -209,8 +205,7 @@ def open_network(path, args, flags):
 
 
 def labels_of(dataset):
-    """Class numbers (M,) of a dataset's images, which stay unopened where torchvision has a
-    list."""
+    """Class numbers (M,) of a dataset's images, which stay closed where torchvision has a list."""
     for name in ("targets", "labels", "_labels"):
         if hasattr(dataset, name):
             return torch.as_tensor(getattr(dataset, name))
@@ -219,8 +214,7 @@ def labels_of(dataset):
 
 
 def open_parts(data):
-    """Training and validation part of `data`. Raises UserError if no classes are to be told
-    apart."""
+    """Training and validation part of `data`. Raises UserError without classes to tell apart."""
     if sdssl.is_named(data.lower()):
         data = data.lower()
     train = sdssl.open_dataset(data, "train")

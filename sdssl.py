@@ -71,8 +71,7 @@ from tqdm import tqdm
 
 def sincos_2d(dim, height, width):
     """Fixed 2-D sine-cosine positions (height * width, dim), row by row, as in MoCo v3: a quarter
-    of the channels each for sin(row), cos(row), sin(column), cos(column). dim is a multiple of
-    4."""
+    of the channels each for sin(row), cos(row), sin(column), cos(column). 4 divides dim."""
     omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
     row = torch.arange(height)[:, None] * omega  # (height, dim / 4)
     column = torch.arange(width)[:, None] * omega  # (width, dim / 4)
@@ -110,7 +109,7 @@ class Block(nn.Module):
         if cls_only:
             q = q[:, :, :1]
             x = x[:, :1]
-        attended = attention(q, k, v).transpose(1, 2).flatten(2)  # as x
+        attended = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N or 1, D)
         x = x + self.attn.proj(attended)
         return x + self.mlp(self.norm2(x))
 
@@ -580,8 +579,8 @@ def normalize_pixels(x):
 def shift_hue(x, shift):
     """Turn the hue of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), a part of the circle;
     torchvision can only turn a whole batch by one angle. In HSV a colour is its value (the largest
-    channel), its chroma (largest minus smallest) and its hue, in sixths of a turn: red 0, green 2,
-    blue 4."""
+    channel), its chroma (largest minus smallest) and its hue, in sixths of a turn, where
+    red is 0, green 2 and blue 4."""
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
@@ -596,9 +595,8 @@ def shift_hue(x, shift):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
-    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with a factor (B, 1, 1, 1) for each
-    image, hue a part of the circle. order: of the four changes, a permutation of 0 to 3 for the
-    whole batch."""
+    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with factors (B, 1, 1, 1), hue a part of
+    the circle. order: a permutation of 0 to 3, the four changes, for the whole batch."""
 
     def blend(x, base, factor):
         return (factor * x + (1 - factor) * base).clamp(0, 1)
@@ -697,8 +695,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def as_user_error(what, *kinds):
-    """Exceptions of these kinds, raised inside, become a UserError of one line: `what`, and the
-    whole reason."""
+    """Exceptions of these kinds, raised inside, become a UserError: one line with all they say."""
     try:
         yield
     except kinds as error:
@@ -758,8 +755,7 @@ def holds_a_run(folder):
 class ImageFolder(torchvision.datasets.ImageFolder):
     """Images below a folder, at any depth. labelled: each folder directly below is a class;
     otherwise all images are of class 0. Hidden files and folders (macOS leaves ._photo.jpg beside
-    photo.jpg) and those of runs are left out. Raises OSError if no images are there, or none of a
-    class."""
+    photo.jpg) and those of runs are left out. Raises OSError if there are no images."""
 
     def __init__(self, root, labelled):
         self.labelled = labelled
@@ -827,8 +823,7 @@ def to_rgb(image):
 
 
 def read_image(source, i):
-    """Image i of a dataset as RGB, and its class. Raises UserError, with its name, if it is
-    broken."""
+    """Image i of a dataset as RGB, and its class. Raises UserError, with its name, if broken."""
     name = source.samples[i][0] if hasattr(source, "samples") else i
     # any exception: each of PIL's decoders has its own
     with as_user_error(f"unreadable image {name}", Exception):
