@@ -79,7 +79,7 @@ def linear_cka(x, y):
 
 
 def exit_costs(backbone):
-    """Multiply-adds, in percent, of build_backbone's ViT cut to 1, ..., L blocks; [] for ResNets."""
+    """Multiply-adds in percent of build_backbone's ViT cut to 1, ..., L blocks; [] for a ResNet."""
     counts = []
     size = backbone.architecture["img_size"]
     for depth in range(1, 1 + backbone.architecture.get("depth", 0)):

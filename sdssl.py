@@ -495,7 +495,7 @@ class SDSSL(nn.Module):
             return
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
-        # for each pair theirs.lerp_(ours, 1 - m), but all in one kernel; the last argument is unused
+        # theirs.lerp_(ours, 1 - m) for each pair, in one kernel; the last argument is not used
         get_ema_multi_avg_fn(decay=m)(teacher, student, None)
 
 
@@ -595,8 +595,8 @@ def shift_hue(x, shift):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
-    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with factors (B, 1, 1, 1), hue a part of
-    the circle. order: a permutation of 0 to 3, the four changes, for the whole batch."""
+    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with factors (B, 1, 1, 1), hue in
+    parts of the circle. order: a permutation of 0 to 3, the four changes, for the whole batch."""
 
     def blend(x, base, factor):
         return (factor * x + (1 - factor) * base).clamp(0, 1)
