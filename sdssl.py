@@ -16,8 +16,8 @@ own loss, and sg, which stops the gradient, the whole idea is one line, Eq. 6 of
 
 Eq. 3 is a mean over the lower layers; Eq. 5 is a sum over all layers, the last one included. A
 momentum teacher has no gradient anyway, so sg(z_L) matters in SimCLR alone. SimCLR has neither
-teacher nor predictors: its z_L is h_L, its q_l is h_l, and the Eq. 5 term is left out, which makes
-the whole Eq. 4.
+teacher nor predictors: its z_L is h_L, its q_l is h_l, and without the last term what remains is
+Eq. 4.
 
     python sdssl.py                                                # SD-SimCLR on drawn glyphs
     python sdssl.py --framework byol --no-distill                  # plain BYOL
@@ -26,7 +26,8 @@ the whole Eq. 4.
 Read from top to bottom. The method comes first: 1 ViT, 2 ranks, 3 heads, 4 losses, 5 objective,
 6 one step. Then what a run needs: 7 views, 8 data, 9 k-NN, 10 settings, 11 a folder is a run,
 12 training. Beside the method stand, at the end, 13 ResNet and Distill-on-the-Go. Parts 1 to 5 need
-nothing that stands below them: copy freely. "Section", "Eq." and "Table" alone are the paper's.
+nothing that stands below them: copy freely. "Section", "Eq.", "Algorithm" and "Table" are the
+paper's.
 
 Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, E head output. C of
 the layers have heads: all of them by default, only the last one without distillation. Two views of
@@ -181,9 +182,9 @@ class VisionTransformer(nn.Module):
 
 # ---- 2. Ranks: the processes that train together, each on its part of the batch ----
 #
-# R ranks have equally many images each, and rank r's loss L_r is the mean over its own. The loss of
-# the joined batch is L = (L_1 + ... + L_R) / R. Heads and losses see the images of all ranks, so
-# each L_r depends on what every rank computes: `gather` hands it out, and in backward it sums what
+# R ranks have equally many images each, and J_r, rank r's loss, is the mean over its own. The loss
+# of the joined batch is J = (J_1 + ... + J_R) / R. Heads and losses see the images of all ranks, so
+# each J_r depends on what every rank computes: `gather` hands it out, and in backward it sums what
 # the losses of all ranks say about this rank's part. DistributedDataParallel averages the ranks'
 # gradients, which is the division by R. Together: the gradient of one process on the joined batch.
 
@@ -319,7 +320,7 @@ def byol_loss(q, z):
 def ctr(q, z, tau=0.2):
     """MoCo v3's loss, Eq. 2 as in Algorithm 1: 2 tau times the cross entropy of <q, z> / tau, where
     the right class is the anchor's own image; mean over images. Negatives are the other view's keys
-    of all other images, on all ranks. The factor 2 tau is MoCo v3's; AdamW does not notice it."""
+    of all other images, on all ranks. The factor 2 tau is MoCo v3's, the same for all terms."""
     logits = similarity(q, all_ranks(z.flip(0)), tau)  # (..., 2, B, ranks * B)
     cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
     return (2 * tau * cross_entropy.mean(-1)).sum(-1)
@@ -350,8 +351,8 @@ class SDSSL(nn.Module):
     """Self-distilled MoCo v3, BYOL or SimCLR; with distill=False, the plain framework.
 
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
-    easier task to the layers above it (section 1). Why do predictors get a term of their own? These
-    frameworks rest on a predictor that is near its optimum (BYOL; section 3.2), and the lower
+    easier task to the layers above it (section 1). Why do predictors get a term of their own?
+    BYOL and MoCo v3 rest on predictors near their optimum (section 3.2, after BYOL), and the lower
     layers' predictors would otherwise learn only as much as alpha allows, which starts at 0.
 
     backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
@@ -452,12 +453,15 @@ class SDSSL(nn.Module):
         return ctr(q, z, self.tau)
 
     def forward(self, x1, x2, alpha=1.0):
-        """Algorithm 1 up to the loss. Two views (B, 3, H, W) of the same images -> dict of scalars:
-        `loss`, to be minimised; its three terms before they are weighted, `ssl` (the framework's),
-        `isd` (intermediate self-distillation) and `pred` (the predictors'); `spread`, which shows
-        collapse: the root mean square distance of the last representations, on the unit sphere,
-        from their mean; 0 if all images have become one point. And `h`, the last projections (2, B,
-        E). alpha: weight of Eq. 3; training raises it from 0."""
+        """Algorithm 1 up to the loss, on two views (B, 3, H, W) of the same images. alpha is the
+        weight of Eq. 3; training raises it from 0. Returns a dict; all but `h` are scalars:
+
+        loss: to be minimised
+        ssl, isd, pred: its three terms before they are weighted, without gradient: the framework's,
+            intermediate self-distillation, and the predictors'
+        spread: shows collapse. Root mean square distance of the last representations, on the unit
+            sphere, from their mean; it is 0 if all images have become one point
+        h: the last layer's projections (2, B, E), with gradient, for Distill-on-the-Go (part 13)"""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
         h = self.project(layers)  # (C, 2, B, E)
@@ -490,7 +494,8 @@ class SDSSL(nn.Module):
     @torch.no_grad()
     def update_teacher(self, m):
         """Algorithm 1's momentum_update(), after the optimiser's step: each of the teacher's
-        parameters becomes m times itself plus 1 - m times the student's. SimCLR has no teacher."""
+        parameters becomes m times itself plus 1 - m times the student's. SimCLR has no teacher. A
+        ResNet teacher's BatchNorm keeps statistics of its own, of the images it sees."""
         if self.framework == "simclr":
             return
         student = [*self.backbone.parameters(), *self.projector.parameters()]
@@ -541,7 +546,7 @@ def parameter_groups(model, weight_decay):
 
 
 def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
-    """Algorithm 1's loop on one pair of views (B, 3, H, W); returns SDSSL's dict of scalars. model:
+    """Algorithm 1's loop on one pair of views (B, 3, H, W); returns SDSSL's dict. model:
     SDSSL, or DistributedDataParallel around it. bf16: forward in bfloat16 where that is safe."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -568,7 +573,8 @@ VIEWS = (  # BYOL's and MoCo v3's recipe: probabilities, in the two views; the r
 def seeded(*key):
     """A generator whose numbers follow from `key` alone. It is the CPU's, so that views are the
     same on every device."""
-    return torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(63))
+    number = random.Random(repr(key)).getrandbits(63)  # seeded by a hash that never changes
+    return torch.Generator().manual_seed(number)
 
 
 def normalize_pixels(x):
@@ -742,7 +748,7 @@ PARTS = ("pretrain", "train", "val")
 
 
 def is_named(data):
-    """Whether `data` is a set's name, and not a folder's: "./toy" would be one."""
+    """Whether `data` is a set's name, and not a folder's, which "./toy" would be."""
     return data == "toy" or data in SETS
 
 
@@ -845,7 +851,10 @@ class TrainingCrops:
     Returns uint8 crops (crops, B, 3, size, size), the images' indices in `source` (B,), and
     complaints about unreadable images, a list of str; other images stand in for those. Raises
     UserError if there are fewer images than a batch needs, if the batch cannot be divided among the
-    ranks, or if a hundred images in a row are unreadable."""
+    ranks, or if a hundred images in a row are unreadable.
+
+    Pretraining takes two crops of all images. eval_linear.py takes one crop of a part of them, and
+    needs the indices for their labels."""
 
     source: object  # a dataset of (PIL image, class)
     indices: torch.Tensor  # of the images to train on, in `source`
@@ -1083,7 +1092,7 @@ class Config(Recipe):
     out: str = setting("", "run folder; by default runs/ and a name of data, framework and seed")
     preset: str = setting("imagenet", "defaults; --data chooses one by its name", tuple(PRESETS))
     save_every: int = setting(0, "steps between two checkpoints, besides one each epoch; 0: none")
-    max_steps: int = setting(0, "stop after so many steps, schedules as planned; 0: the last epoch")
+    max_steps: int = setting(0, "stop once the run has made so many steps, schedules as planned")
     knn_every: int = setting(10, "epochs between two k-NN tables; 0: no table at all")
     log_every: int = setting(10, "steps between two lines of log.jsonl", low=1)
     workers: int = setting(8, "processes a rank that read images; 0: none but the training's own")
@@ -1202,9 +1211,10 @@ def load_backbone(path, which="teacher", **changes):
     if which not in networks:
         raise UserError(f"{path} holds no {which}, but {', '.join(networks) or 'other things'}")
     architecture = networks[which]["architecture"]
-    blocks = architecture.get("depth", 0)  # a ResNet has none, and no pool
-    if changes and not 1 <= changes.get("depth", 1) <= blocks:
-        raise UserError(f"{path}: a network of {blocks} blocks cannot become one of {changes}")
+    if changes and "depth" not in architecture:
+        raise UserError(f"{path}: the {which} is a ResNet, which has neither depth nor pool")
+    if changes.get("depth", 1) not in range(1, architecture.get("depth", 1) + 1):
+        raise UserError(f"{path}: the {which} has {architecture['depth']} blocks, see {changes}")
     backbone = build_backbone(**architecture | changes)
     weights = networks[which]["weights"]
     backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
@@ -1431,8 +1441,8 @@ def prepare(model, config):
         return model
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
-    # no buffers are broadcast: SyncBatchNorm's are the same on all ranks. On CPUs a ResNet's are
-    # not, each rank normalises its own images: the one case in which the number of ranks matters
+    # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises, and keeps statistics
+    # of, its own images. This is the only case in which the number of ranks changes the result.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
@@ -1441,10 +1451,12 @@ def read_ahead(dataset, steps, config):
     UserError if they do not fit into /dev/shm, where workers hand them over (Docker's has 64 MB):
     torch would say so in a worker's traceback, and then wait for ever."""
     if config.workers > 0 and Path("/dev/shm").is_dir():
-        images = max(2 * config.batch_size // world_size(), 256)  # two views; or those of a table
-        batch = 3 * config.img_size**2 * images  # bytes
+        images = 2 * config.batch_size // world_size()  # two views
+        if config.knn_every > 0:
+            images += 256  # a batch of `extract`, whose workers run beside the training's
+        size = 3 * config.img_size**2 * images  # bytes
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = 2 * batch * config.workers * ranks_here / 1e9  # a worker reads two batches ahead
+        needed = 2 * size * config.workers * ranks_here / 1e9  # a worker reads two batches ahead
         free = shutil.disk_usage("/dev/shm").free / 1e9
         if needed > free:
             what = f"{config.workers} workers need {needed:.2f} GB of shared memory"
@@ -1517,7 +1529,7 @@ def train(config):
             speed = (done - logged) * config.batch_size / (time.perf_counter() - clock)
             run.log(step=done, epoch=epoch, lr=lr, alpha=alpha, **terms, images_per_s=speed)
             bar.set_postfix(loss=terms["loss"])
-            if parts and table:  # only at the end of an epoch, when `save` is due, too
+            if parts and table:  # due at the end of an epoch or at the last step, as `save` is
                 run.log_tables(done, epoch, knn_tables(model, parts, device, config))
             if save:
                 run.save(model, optimizer, done)
@@ -1608,7 +1620,7 @@ class DoGo(nn.Module):
 
     It has SDSSL's interface, so the training loop treats both alike."""
 
-    def __init__(self, model, peer, mutual=1.0):
+    def __init__(self, model, peer, mutual=0.3):
         super().__init__()
         self.model = model
         self.peer = peer

@@ -1374,7 +1374,7 @@ def test_a_terminal_of_ascii_gets_tables_and_names_that_it_cannot_show(tmp_path)
 def test_workers_that_do_not_fit_into_shared_memory_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=64e6))
     message = refused(capsys, *RUN, "--workers", "8", "--img-size", "224", "--out", tmp_path)
-    assert "0.62 GB" in message and "has 0.06" in message and "--shm-size" in message
+    assert "0.23 GB" in message and "has 0.06" in message and "--shm-size" in message
     sdssl.main(
         [*RUN, "--workers", "8", "--max-steps", "1", "--out", str(tmp_path)]
     )  # small ones do
