@@ -2,17 +2,18 @@
 """How good is every layer of a frozen network, and what does it cost? DINO's weighted k-NN, ranking
 of images by class, and the paper's analyses (section 4.4).
 
-    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt                        # data of its
-    training python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --data cifar10         # other data
-    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --pool patches         # layers by patches
-    python eval_knn.py PLAIN/last.pt SD/last.pt --retrieval --analysis         # side by side python
-    eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR  # DINO, MoCo v3, timm python
-    eval_knn.py random --data toy                                       # an untrained network
-    torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT                         # ranks share images
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt                   # data of its training
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --data cifar10    # other data
+    python eval_knn.py runs/toy-sd-simclr-seed0/last.pt --pool patches    # layers by their patches
+    python eval_knn.py PLAIN/last.pt SD/last.pt --retrieval --analysis    # side by side
+    python eval_knn.py dino_deitsmall16_pretrain.pth --num-heads 6 --data DIR  # DINO, MoCo v3, timm
+    python eval_knn.py random --data toy                                  # an untrained network
+    torchrun --nproc_per_node=8 eval_knn.py CHECKPOINT                    # ranks share the images
 
 It prints a table, and adds the numbers to knn.json beside the checkpoint. `cost` is what a layer
 costs as an exit: the multiply-adds of sdssl.load_backbone(path, depth=layer), in percent of the
-whole network's. `top-1` and `mAP` are in percent, too. `random` takes all of sdssl.py's flags.
+whole network's. `top-1` and `mAP` are in percent, too; `-unif` is minus Eq. 8, higher if images are
+spread evenly. `random` takes sdssl.py's flags after it, and writes nothing.
 """
 
 import argparse
@@ -181,6 +182,8 @@ class Network:
 def open_network(path, args, flags):
     """The Network that `path` names. flags: sdssl.py's, for "random". Raises UserError."""
     pool = dict(pool=args.pool) if args.pool else {}
+    if args.data and sdssl.is_named(args.data.lower()):
+        args.data = args.data.lower()  # torchvision writes CIFAR10
     if path == "random":
         chosen = [f"--{name}={value}" for name, value in pool.items()]
         config = sdssl.parse_config(["--data", args.data or "toy", *chosen, *flags])
@@ -215,8 +218,6 @@ def labels_of(dataset):
 
 def open_parts(data):
     """Training and validation part of `data`. Raises UserError without classes to tell apart."""
-    if sdssl.is_named(data.lower()):
-        data = data.lower()
     train = sdssl.open_dataset(data, "train")
     val = sdssl.open_dataset(data, "val")
     classes = set(labels_of(train).tolist())
@@ -386,6 +387,8 @@ def run(argv=None):
     parser.add_argument("--analysis", action="store_true", help="Eqs. 7 to 9, CKA")
     parser.add_argument("--save-features", help="new .npz file: validation images, all layers")
     args, flags = parser.parse_known_args(argv)
+    if args.save_features and len(args.checkpoint) > 1:
+        raise UserError("--save-features takes one checkpoint at a time")
     device = sdssl.set_up(args.device)
     reports = [evaluate(path, args, flags, device) for path in args.checkpoint]
     if sdssl.rank() > 0:

@@ -8,10 +8,10 @@ fine-tuning.
 
 Probes are trained as MoCo v3 does it: SGD with momentum 0.9, no weight decay, 90 epochs, half a
 cosine, batch 1024, learning rate 3 per 256 images; crops as small as in pretraining, and flips.
-MoCo v3 probes the student, we the teacher by default. Other than there, features are standardised
-(the classifier stays linear, and SGD does not depend on a layer's spread); smaller rates train
-beside 3 (--lrs), and each layer reports the one that is best on a tenth of the training images,
-which no probe learns from; validation images choose nothing. --cached takes centre crops, once.
+Three things differ. MoCo v3 probes the student; here it is the teacher, unless --which says else.
+Features are standardised: the classifier stays linear, and SGD does not depend on a layer's spread.
+And probes with smaller rates (--lrs) train side by side: each layer reports the rate that is best
+on a tenth of the training images, from which no probe learns. --cached takes centre crops, once.
 
 Fine-tuning is a recipe of our own: it trains everything, with a classifier on the last layer, on
 all training images: AdamW, weight decay 0.05, 5e-4 per 256 images after a warm-up of a twentieth,
@@ -30,7 +30,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -65,10 +64,11 @@ def accuracy(logits, labels, k=1):
 def average_gradients(parameters):
     """Every rank's gradients become their mean, by one collective."""
     if sdssl.world_size() > 1:
-        gradients = [p.grad for p in parameters]
-        flat = parameters_to_vector(gradients)
+        flat = torch.cat([p.grad.flatten() for p in parameters])
         dist.all_reduce(flat)
-        vector_to_parameters(flat / sdssl.world_size(), gradients)
+        parts = (flat / sdssl.world_size()).split([p.numel() for p in parameters])
+        for p, part in zip(parameters, parts):
+            p.grad.copy_(part.view(p.shape))
 
 
 # ---- Images and features ----
@@ -76,7 +76,7 @@ def average_gradients(parameters):
 
 class Data:
     """Images of the training and the validation part, for one network. A tenth of the training
-    images is held out; nobody learns from it but fine-tuning, which has nothing to choose."""
+    images is held out: probes do not learn from it. Fine-tuning uses all images."""
 
     def __init__(self, network, args, device):
         self.network = network
@@ -91,7 +91,8 @@ class Data:
         self.learned = order if args.finetune else order[tenth:]
         if len(self.held_out) < 2 or len(self.learned) < args.batch_size:
             n = len(self.learned)
-            raise UserError(f"{n} training images: too few for --batch-size {args.batch_size}")
+            what = f"{n} training images, {tenth} held out"
+            raise UserError(f"{what}: too few for --batch-size {args.batch_size}, or to hold out")
         self.steps_per_epoch = len(self.learned) // args.batch_size
 
     def extract(self, source, numbers):
@@ -168,7 +169,7 @@ class Training:
             there = state.get("settings")
             raise UserError(f"{self.path} is of {there}, not of {self.settings}: move it away")
         what = f"{self.path} is another version's: move it away"
-        with sdssl.as_user_error(what, RuntimeError, KeyError):
+        with sdssl.as_user_error(what, RuntimeError, KeyError, ValueError):
             self.modules.load_state_dict(state["trained"])
             self.optimizer.load_state_dict(state["optimizer"])
             return state["step"]
