@@ -117,9 +117,7 @@ def foreign_weights(checkpoint, which):
         weights = checkpoint.get("model", checkpoint)
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if len(prefixes) != 1:
-        raise UserError(
-            f"this file has {len(prefixes)} ViTs (weights named cls_token), and not one"
-        )
+        raise UserError(f"this file has {len(prefixes)} ViTs (weights named cls_token), not one")
     prefix = prefixes[0]  # such as "module.backbone."
     found = {}
     for name, weight in weights.items():
@@ -196,13 +194,11 @@ def open_network(path, args, flags):
     if "networks" in checkpoint:
         config = checkpoint["config"]
         backbone = sdssl.load_backbone(path, args.which, **pool)
-        return Network(
-            backbone, args.data or config["data"], config["min_crop"], checkpoint["step"]
-        )
+        data = args.data or config["data"]
+        return Network(backbone, data, config["min_crop"], checkpoint["step"])
     if not args.data or not args.num_heads:
-        raise UserError(
-            "give --data and --num-heads (ViT-S: 12 in MoCo v3, 6 elsewhere; ViT-B: 12)"
-        )
+        heads = "ViT-S: 12 in MoCo v3, 6 elsewhere; ViT-B: 12"
+        raise UserError(f"give --data and --num-heads ({heads})")
     backbone = foreign_backbone(checkpoint, args.which, args.num_heads, **pool)
     return Network(backbone, args.data, sdssl.Config.min_crop, None)
 
@@ -324,11 +320,9 @@ def retrieval(train, val, device):
 def save_features(path, features, labels):
     """Validation images' representations, a key a layer, and labels, as a new .npz file."""
     arrays = {f"layer{number}": x.numpy() for number, x in enumerate(features, start=1)}
-    with (
-        sdssl.as_user_error("--save-features", OSError),
-        open(path, "xb") as file,
-    ):  # x: never over one
-        numpy.savez(file, labels=labels.numpy(), **arrays)
+    with sdssl.as_user_error("--save-features", OSError):
+        with open(path, "xb") as file:  # x: never over a file that is there
+            numpy.savez(file, labels=labels.numpy(), **arrays)
 
 
 def evaluate(path, args, flags, device):

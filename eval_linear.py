@@ -109,27 +109,26 @@ class Data:
     def augmented(self, steps):
         """For each step: features, L x (B, D), and classes (B,) of this rank's share of its batch,
         by a crop and a flip of each image. Raises UserError if an image is unreadable."""
-        args = self.args
+        batch_size = self.args.batch_size
+        workers = self.args.workers
         dataset = sdssl.TrainingCrops(
-            self.train,
-            self.learned,
-            args.batch_size,
-            self.network.size,
-            self.network.min_crop,
+            source=self.train,
+            indices=self.learned,
+            batch_size=batch_size,
+            size=self.network.size,
+            min_crop=self.network.min_crop,
             seed="linear",
             crops=1,
         )
         on_gpu = self.device.type == "cuda"
         labels = self.labels.to(self.device)
-        loader = DataLoader(
-            dataset, None, sampler=steps, num_workers=args.workers, pin_memory=on_gpu
-        )
+        loader = DataLoader(dataset, None, sampler=steps, num_workers=workers, pin_memory=on_gpu)
         for step, (crops, numbers, complaints) in zip(steps, loader):
             if complaints:
                 raise UserError(complaints[0])
             x = crops[0].to(self.device, non_blocking=True) / 255
             generator = sdssl.seeded("flip", step)
-            coins = torch.rand(args.batch_size, 1, 1, 1, generator=generator)[dataset.ours]
+            coins = torch.rand(batch_size, 1, 1, 1, generator=generator)[dataset.ours]
             flipped = coins.to(self.device, non_blocking=True) < 0.5
             x = torch.where(flipped, TF.horizontal_flip(x), x)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):

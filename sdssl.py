@@ -1228,9 +1228,8 @@ def write_whole(path, write):
     """`write` makes a file, which is then renamed to `path`: the old one or the new is always
     there. Raises UserError if it cannot be written, on a full disk, say."""
     new = path.with_name(path.name + ".new")
-    with as_user_error(
-        f"cannot write {path}, what was there before still is", OSError, RuntimeError
-    ):
+    what = f"cannot write {path}, what was there before still is"
+    with as_user_error(what, OSError, RuntimeError):
         try:
             write(new)
             os.replace(new, path)
@@ -1311,10 +1310,8 @@ class Run:
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             crops = dataset[0][0][:, :12]
-            views = torch.cat(
-                two_views(crops, "picture", 0)
-            )  # a row of first views, below it the second views
-            picture = self.folder / "views.png"
+            views = torch.cat(two_views(crops, "picture", 0))  # first views, then second views
+            picture = self.folder / "views.png"  # a row each
             torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
 
     def log_text(self):
@@ -1339,9 +1336,7 @@ class Run:
         tables = [record for record in self.records if "knn" in record]
         for network in dict.fromkeys(record["network"] for record in tables):
             own = [record for record in tables if record["network"] == network]
-            columns = {
-                f"epoch {record['epoch']:.3g}": record["knn"] for record in (own[0], own[-1])
-            }
+            columns = {f"epoch {each['epoch']:.3g}": each["knn"] for each in (own[0], own[-1])}
             say(layer_table(f"\nk-NN accuracy of every layer of the {network} (%)", columns))
 
     def pass_on(self, complaints):
@@ -1380,9 +1375,8 @@ def set_up(device):
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         devices = torch.cuda.device_count()
         if local_rank >= devices:
-            raise UserError(
-                f"--device cuda: {devices} CUDA devices here, rank {local_rank} has none"
-            )
+            what = f"{devices} CUDA devices here, rank {local_rank} has none"
+            raise UserError(f"--device cuda: {what}")
         torch.cuda.set_device(local_rank)
         torch.backends.cuda.enable_cudnn_sdp(False)  # fails in some releases (pytorch 138529)
     if "RANK" in os.environ:
@@ -1396,7 +1390,12 @@ def training_crops(config):
     source = open_dataset(config.data)
     images = torch.arange(len(source))
     return TrainingCrops(
-        source, images, config.batch_size, config.img_size, config.min_crop, config.seed
+        source=source,
+        indices=images,
+        batch_size=config.batch_size,
+        size=config.img_size,
+        min_crop=config.min_crop,
+        seed=config.seed,
     )
 
 
@@ -1421,11 +1420,10 @@ def knn_tables(model, parts, device, config):
     """k-NN accuracy of every layer of every network: {name: percentages}."""
     tables = {}
     for name, backbone in model.networks.items():
-        if name != "student":  # it is the teacher that one uses
-            features = [
-                extract(backbone, part, device, config.workers, config.bf16) for part in parts
-            ]
-            tables[name] = knn(*features, device)
+        if name == "student":
+            continue  # it is the teacher that one uses
+        features = [extract(backbone, part, device, config.workers, config.bf16) for part in parts]
+        tables[name] = knn(*features, device)
     model.train()
     return tables
 
