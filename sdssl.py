@@ -631,15 +631,15 @@ def gaussian_blur(x, sigma, radius):
     return blurred.view_as(x)
 
 
-def augment(x, blur, solarize, generator):
+def augment(x, blur, solarize, generator, part=0, parts=1):
     """A random view of each image by BYOL's recipe (Table 6 of BYOL), which MoCo v3 uses, too:
     crops x (B, 3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: on
-    the CPU, in the same state on all ranks. Random numbers are drawn for the global batch, and each
-    rank uses those of its own images, so that views do not depend on the number of ranks."""
+    the CPU. x may be one of several equal parts of a batch, numbered from 0: random numbers are
+    drawn for the whole batch, so that views do not depend on how it is divided."""
 
     def uniform(low, high):
-        numbers = torch.rand(world_size(), len(x), 1, 1, 1, generator=generator)
-        return low + (high - low) * numbers[rank()]  # (B, 1, 1, 1)
+        numbers = torch.rand(parts, len(x), 1, 1, 1, generator=generator)
+        return low + (high - low) * numbers[part]  # (B, 1, 1, 1)
 
     def sometimes(probability, change, x, *strengths):
         """Change each image with this probability, by its own strengths (B, 1, 1, 1)."""
@@ -667,11 +667,13 @@ def augment(x, blur, solarize, generator):
 
 
 def two_views(crops, seed, step):
-    """The step's crops, uint8 (2, B, 3, H, W) -> augmented, normalised x1, x2 (B, 3, H, W)."""
+    """This rank's crops of the step, uint8 (2, B, 3, H, W) -> augmented, normalised x1, x2 (B, 3,
+    H, W)."""
     views = []
     for number, x in enumerate(crops / 255):
         generator = seeded("view", seed, step, number)
-        views.append(normalize_pixels(augment(x, **VIEWS[number], generator=generator)))
+        x = augment(x, **VIEWS[number], generator=generator, part=rank(), parts=world_size())
+        views.append(normalize_pixels(x))
     return views
 
 

@@ -664,6 +664,24 @@ def test_two_views_are_normalised_and_follow_from_seed_and_step():
     assert not torch.equal(sdssl.two_views(crops, seed=3, step=5)[0], x1)
 
 
+def test_parts_of_a_batch_are_seen_as_in_the_whole_batch():
+    images = some_images(6)
+    whole = sdssl.augment(images, **sdssl.VIEWS[1], generator=seeded(0))
+    for part, x in enumerate(images.chunk(3)):
+        found = sdssl.augment(x, **sdssl.VIEWS[1], generator=seeded(0), part=part, parts=3)
+        assert_close(found, whole[2 * part : 2 * part + 2])
+
+
+def test_a_random_view_of_the_analysis_does_not_depend_on_ranks(monkeypatch):
+    views = eval_knn.RandomViews(sdssl.draw_glyphs(4, seed=0), 32, view=1)
+    alone = [views[i][0] for i in range(4)]
+    monkeypatch.setattr(sdssl, "world_size", lambda: 3)
+    monkeypatch.setattr(sdssl, "rank", lambda: 2)
+    for i in range(4):
+        assert torch.equal(views[i][0], alone[i])
+    assert not torch.equal(alone[0], alone[1])
+
+
 def test_random_boxes_follow_random_resized_crop_and_fit_images_of_any_shape():
     torch.manual_seed(0)
     tries = torch.rand(4000, 10, 4).tolist()
