@@ -809,6 +809,8 @@ def open_dataset(data, part="pretrain"):
         if not folder.is_dir():
             raise ValueError(f"no such folder, and none of toy, {', '.join(SETS)}")
         if part != "pretrain":
+            if not (folder / part).is_dir():
+                raise ValueError(f"it needs {part}/ with a folder for each class")
             return ImageFolder(folder / part, labelled=True)
         if (folder / "train").is_dir():
             folder = folder / "train"
