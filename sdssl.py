@@ -1314,8 +1314,8 @@ class Run:
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             crops = dataset[0][0][:, :12]
-            views = torch.cat(two_views(crops, "picture", 0))  # first views, then second views
-            picture = self.folder / "views.png"  # a row each
+            views = torch.cat(two_views(crops, "picture", 0))  # a row of first, a row of second
+            picture = self.folder / "views.png"
             torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
 
     def log_text(self):
