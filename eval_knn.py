@@ -104,17 +104,30 @@ UNLIKE = {  # part of a weight's name: what such a network has, and our VisionTr
 }
 
 
+def named_tensors(weights):
+    """What of a checkpoint's part is tensors under names: a dict."""
+    pairs = weights.items() if isinstance(weights, dict) else []
+    return {
+        name: weight
+        for name, weight in pairs
+        if isinstance(name, str) and isinstance(weight, torch.Tensor)
+    }
+
+
 def foreign_weights(checkpoint, which):
     """The ViT's weights, by timm's names, in a file of DINO, MoCo v3, DeiT or timm. Heads are left
     out. which: "teacher" or "student", where both are there. Raises UserError if there is none."""
+    if which == "peer":
+        raise UserError("only sdssl.py's own checkpoints hold a peer")
     if which in checkpoint:  # DINO
         weights = checkpoint[which]
     elif "state_dict" in checkpoint:  # MoCo v3
         encoder = "base_encoder" if which == "student" else "momentum_encoder"
-        everything = checkpoint["state_dict"]
-        weights = {name: weight for name, weight in everything.items() if encoder in name}
+        weights = named_tensors(checkpoint["state_dict"])
+        weights = {name: weight for name, weight in weights.items() if encoder in name}
     else:  # DeiT, or timm
         weights = checkpoint.get("model", checkpoint)
+    weights = named_tensors(weights)
     prefixes = [name.removesuffix("cls_token") for name in weights if name.endswith("cls_token")]
     if len(prefixes) != 1:
         raise UserError(f"this file has {len(prefixes)} ViTs (weights named cls_token), not one")
@@ -133,7 +146,8 @@ def foreign_backbone(checkpoint, which, num_heads, pool="cls"):
     """A ViT of DINO, MoCo v3, DeiT or timm as our VisionTransformer, in eval mode. Raises UserError
     unless every weight of the backbone fits."""
     weights = foreign_weights(checkpoint, which)
-    with sdssl.as_user_error("this ViT is unlike sdssl.py's", KeyError, ValueError, RuntimeError):
+    kinds = (KeyError, IndexError, ValueError, RuntimeError)
+    with sdssl.as_user_error("this ViT is unlike sdssl.py's", *kinds):
         width, _, _, patch_size = weights["patch_embed.proj.weight"].shape
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
         depth = len([name for name in weights if name.endswith("norm1.weight")])
@@ -192,6 +206,8 @@ def open_network(path, args, flags):
     with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath]):  # DINO's args
         checkpoint = sdssl.load_checkpoint(path)
     if "networks" in checkpoint:
+        if {"config", "step"} - checkpoint.keys():
+            raise UserError(f"{path} lacks its settings: take the whole last.pt")
         config = checkpoint["config"]
         backbone = sdssl.load_backbone(path, args.which, **pool)
         data = args.data or config["data"]
@@ -226,9 +242,11 @@ def open_parts(data):
 
 def add_result(path, key, result):
     """Add a result, a dict, to what the JSON file at `path` has under this key; if it cannot be
-    written, say so, for the numbers have been printed already."""
+    written, say so and go on, for the numbers are printed, too."""
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
+        if not isinstance(found, dict) or not isinstance(found.get(key, {}), dict):
+            raise ValueError("it holds something else")
         found.setdefault(key, {}).update(result)
         sdssl.write_whole(path, lambda new: new.write_text(json.dumps(found, indent=1)))
     except (OSError, ValueError, UserError) as error:
@@ -264,12 +282,13 @@ class Report:
     title: str
     path: str
     key: str  # in knn.json
+    picture: str  # its name, for the likeness of the layers
     measures: dict = field(default_factory=dict)  # {name: a number for each layer}
     settings: dict = field(default_factory=dict)  # {name: a number}
     cka: list | None = None  # L x L
 
     def save(self):
-        """Add the numbers to knn.json, and draw cka.png, beside the checkpoint."""
+        """Add the numbers to knn.json, and draw the picture, beside the checkpoint."""
         folder = Path(self.path).parent
         result = self.measures | self.settings
         if self.cka:
@@ -277,7 +296,7 @@ class Report:
             picture = torch.tensor(self.cka).flip(0)[None, None]  # white is 1; layer 1 bottom left
             picture = F.interpolate(picture, scale_factor=24)
             try:
-                torchvision.utils.save_image(picture, folder / "cka.png")
+                torchvision.utils.save_image(picture, folder / self.picture)
             except OSError as error:
                 print(f"there is no picture: {error}")
         add_result(folder / "knn.json", self.key, result)
@@ -325,9 +344,8 @@ def save_features(path, features, labels):
             numpy.savez(file, labels=labels.numpy(), **arrays)
 
 
-def evaluate(path, args, flags, device):
+def evaluate(path, network, args, device):
     """The Report of one network, by what the command line asks for."""
-    network = open_network(path, args, flags)
     backbone = network.backbone.to(device)
     train_set, val_set = open_parts(network.data)
 
@@ -344,7 +362,9 @@ def evaluate(path, args, flags, device):
 
     read = f", {args.pool}" if args.pool else ""
     key = f"{Path(path).name} on {network.data}, {args.which}{read}, step {network.step}"
-    report = Report(f"{path} on {network.data}{read}", path, key)
+    names = [Path(path).stem, "cka", Path(network.data).name, args.which, args.pool]
+    picture = "-".join(name for name in names if name) + ".png"
+    report = Report(f"{path} on {network.data}{read}", path, key, picture)
     report.settings = dict(k=args.k, temperature=args.temperature)
     report.measures["cost"] = exit_costs(backbone)
     if args.analysis:
@@ -384,13 +404,15 @@ def run(argv=None):
     if args.save_features and len(args.checkpoint) > 1:
         raise UserError("--save-features takes one checkpoint at a time")
     device = sdssl.set_up(args.device)
-    reports = [evaluate(path, args, flags, device) for path in args.checkpoint]
-    if sdssl.rank() > 0:
-        return
-    show(reports)
-    for report in reports:
-        if report.path != "random":
-            report.save()
+    networks = [open_network(path, args, flags) for path in args.checkpoint]  # typing errors first
+    reports = []
+    for path, network in zip(args.checkpoint, networks):
+        report = evaluate(path, network, args, device)
+        reports.append(report)
+        if path != "random" and sdssl.rank() == 0:
+            report.save()  # at once: the next network may be one that fails
+    if sdssl.rank() == 0:
+        show(reports)
 
 
 def main(argv=None):

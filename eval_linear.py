@@ -22,6 +22,7 @@ on from there.
 """
 
 import copy
+import hashlib
 import re
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,15 @@ def average_gradients(parameters):
         parts = (flat / sdssl.world_size()).split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts):
             p.grad.copy_(part.view(p.shape))
+
+
+def fingerprint(module):
+    """A short text that other weights do not have."""
+    digest = hashlib.sha256()
+    for name, weight in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(weight.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 # ---- Images and features ----
@@ -120,6 +130,8 @@ class Data:
             seed="linear",
             crops=1,
         )
+        images = batch_size // sdssl.world_size()
+        sdssl.check_shared_memory(3 * self.network.size**2 * images, workers)
         on_gpu = self.device.type == "cuda"
         labels = self.labels.to(self.device)
         loader = DataLoader(dataset, None, sampler=steps, num_workers=workers, pin_memory=on_gpu)
@@ -161,12 +173,18 @@ class Training:
 
     def resume(self):
         """Load the file, if it is there; returns the number of steps that are done."""
-        if self.path is None or not self.path.exists():
-            return 0
+        found = self.path is not None and self.path.exists()
+        step = self.load() if found else 0
+        sdssl.check_ranks_agree(step, self.path)
+        return step
+
+    def load(self):
+        """Load the file; returns its step. Raises UserError if it is not this training's."""
         state = sdssl.load_checkpoint(self.path)
-        if state.get("settings") != self.settings:
-            there = state.get("settings")
-            raise UserError(f"{self.path} is of {there}, not of {self.settings}: move it away")
+        there = state.get("settings") or {}
+        if there != self.settings:
+            ours = sdssl.differences(self.settings, there)
+            raise UserError(f"{self.path} was not trained with {ours}: move it away")
         what = f"{self.path} is another version's: move it away"
         with sdssl.as_user_error(what, RuntimeError, KeyError, ValueError):
             self.modules.load_state_dict(state["trained"])
@@ -278,6 +296,10 @@ def finetune(data, path, settings):
     learning rate, and what is reached on the validation images."""
     args = data.args
     backbone = data.network.backbone
+    if isinstance(backbone, sdssl.ResNet) and sdssl.world_size() > 1:
+        if data.device.type == "cpu":
+            raise UserError("--finetune: ranks on CPUs do not share a ResNet's BatchNorm: take one")
+        nn.SyncBatchNorm.convert_sync_batchnorm(backbone)  # in place
     features, _ = data.extract(data.train, data.held_out)
     torch.manual_seed(0)  # the same classifier on all ranks
     classifier = Probe(features[-1], data.num_classes).to(data.device)
@@ -332,6 +354,7 @@ def run(argv=None):
         data=network.data,
         num_heads=args.num_heads,
         step=network.step,
+        weights=fingerprint(network.backbone),
         epochs=args.epochs,
         batch_size=args.batch_size,
         lrs=args.lrs,

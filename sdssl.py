@@ -14,25 +14,28 @@ own loss, and sg, which stops the gradient, the whole idea is one line, Eq. 6 of
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
          + beta * sum_l L_ssl(predictor_l(sg(h_l)), sg(z_L))   trains predictors only, Eq. 5
 
-Eq. 3 is a mean over the lower layers; Eq. 5 is a sum over all layers, the last one included. A
-momentum teacher has no gradient anyway, so sg(z_L) matters in SimCLR alone. SimCLR has neither
-teacher nor predictors: its z_L is h_L, its q_l is h_l, and without the last term what remains is
-Eq. 4.
+The first two terms train the backbone and its heads. The paper takes a mean over the lower layers
+in Eq. 3, and a sum over all layers, the last one included, in Eq. 5. SimCLR has neither teacher nor
+predictors: z_L is h_L, q_l is h_l, Eq. 5 has nothing to train, and what remains is Eq. 4:
+
+    loss = L_ssl(h_L, h_L) + alpha * mean_{l<L} L_ssl(h_l, sg(h_L))
+
+Only here does sg(z_L) matter, for a momentum teacher has no gradient anyway.
 
     python sdssl.py                                                # SD-SimCLR on drawn glyphs
     python sdssl.py --framework byol --no-distill                  # plain BYOL
     torchrun --nproc_per_node=8 sdssl.py --data /path/to/imagenet  # a server with eight GPUs
 
 Read from top to bottom. The method comes first: 1 ViT, 2 ranks, 3 heads, 4 losses, 5 objective,
-6 one step. Then what a run needs: 7 views, 8 data, 9 k-NN, 10 settings, 11 a folder is a run,
-12 training. Beside the method stand, at the end, 13 ResNet and Distill-on-the-Go. Parts 1 to 5 need
-nothing that stands below them: copy freely. "Section", "Eq.", "Algorithm" and "Table" are the
-paper's.
+6 one step. If the method is all you want, stop there. What a run needs follows: 7 views, 8 data,
+9 k-NN, 10 settings, 11 a folder is a run, 12 training; and, beside the method, 13 ResNet and
+Distill-on-the-Go. Parts 1 to 5 need nothing that stands below them: copy freely. "Section", "Eq.",
+"Algorithm" and "Table" are the paper's.
 
-Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, E head output. C of
-the layers have heads: all of them by default, only the last one without distillation. Two views of
-an image are an axis of length 2: in z of shape (2, B, E), z[0] belongs to view 1 and z[1] to view
-2, and z.flip(0) exchanges them.
+Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, E head output. C is
+the number of layers that have heads: L by default, 1 without distillation, and between them if only
+every n-th layer is distilled. Two views of an image are an axis of length 2: in z of shape (2, B,
+E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) exchanges them.
 """
 
 import argparse
@@ -72,7 +75,7 @@ from tqdm import tqdm
 
 def sincos_2d(dim, height, width):
     """Fixed 2-D sine-cosine positions (height * width, dim), row by row, as in MoCo v3: a quarter
-    of the channels each for sin(row), cos(row), sin(column), cos(column). 4 divides dim."""
+    of the channels each for sin(row), cos(row), sin(column), cos(column). 4 must divide dim."""
     omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
     row = torch.arange(height)[:, None] * omega  # (height, dim / 4)
     column = torch.arange(width)[:, None] * omega  # (width, dim / 4)
@@ -104,7 +107,8 @@ class Block(nn.Module):
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def forward(self, x, cls_only=False):
-        """cls_only: compute the first token alone, (B, 1, D); it still attends to all N."""
+        """cls_only, for a last block: compute the first token alone, (B, 1, D); it still attends to
+        all N."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, d) each
         if cls_only:
@@ -182,11 +186,15 @@ class VisionTransformer(nn.Module):
 
 # ---- 2. Ranks: the processes that train together, each on its part of the batch ----
 #
-# R ranks have equally many images each, and J_r, rank r's loss, is the mean over its own. The loss
+# R ranks have equally many images each, and J_s, rank s's loss, is the mean over its own. The loss
 # of the joined batch is J = (J_1 + ... + J_R) / R. Heads and losses see the images of all ranks, so
-# each J_r depends on what every rank computes: `gather` hands it out, and in backward it sums what
-# the losses of all ranks say about this rank's part. DistributedDataParallel averages the ranks'
-# gradients, which is the division by R. Together: the gradient of one process on the joined batch.
+# what rank r computes, x_r, appears in the loss of every rank:
+#
+#     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R
+#
+# `gather` gives x_r to all ranks, and its backward takes this sum. The division by R is done by
+# DistributedDataParallel, which averages the parameters' gradients over ranks. Together they give
+# the gradient of one process on the joined batch.
 
 
 def rank():
@@ -214,7 +222,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous().clone()
+        grad = grad.contiguous().clone()  # all_reduce writes into it
         dist.all_reduce(grad)
         return grad[rank()]
 
@@ -230,13 +238,15 @@ def gather(x):
 
 
 def standardise(x):
-    """BatchNorm without scale and shift, in float32: x (..., B) over the images of all ranks."""
+    """BatchNorm without scale and shift, in float32. The last axis of x (..., B) is this rank's
+    images; mean and variance are those of all ranks' images."""
     x = x.float()
     if world_size() == 1:
-        # the last axis is the images, and 1e-5 is BatchNorm's epsilon, too: the same, in one kernel
+        # LayerNorm over that axis, with BatchNorm's epsilon, is the same thing in one kernel
         return F.layer_norm(x, x.shape[-1:], eps=1e-5)
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
-    var, mean = gather(torch.stack([var, mean])).unbind(1)  # of each rank: (ranks, ..., 1)
+    statistics = gather(torch.stack([var, mean]))  # of each rank: (ranks, 2, ..., 1)
+    var, mean = statistics.unbind(1)
     # ranks have equally many images: variance within the ranks, plus variance between them
     var = var.mean(0) + mean.var(0, correction=0)
     mean = mean.mean(0)
@@ -246,8 +256,9 @@ def standardise(x):
 class Heads(nn.Module):
     """Several MLPs of the same shape, each with weights of its own, computed side by side:
     (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer's
-    representations of both views. On each view a copy computes what this module does in training
-    mode; running statistics are not kept, for no head is ever evaluated:
+    representations of both views. On each view, and with statistics of that view alone, a copy
+    computes what this module does in training mode; running statistics are not kept, for no head is
+    ever evaluated:
 
         nn.Sequential(
             nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(),
@@ -286,9 +297,10 @@ class Heads(nn.Module):
 
 # ---- 4. Losses: pure functions of tensors ----
 #
-# All three take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the same B images. View
-# 1's anchors are compared with view 2's keys, and view 2's with view 1's; the two directions are
-# summed, as in Algorithm 1. The result has one value for each leading index (...), here: layers.
+# All three take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the same B images. An
+# anchor should match its own image's key in the other view. Losses of view 1's anchors and of view
+# 2's are summed, as in Algorithm 1. The result has one value for each leading index (...), here:
+# layers.
 
 
 def all_ranks(z):
@@ -318,18 +330,18 @@ def byol_loss(q, z):
 
 
 def ctr(q, z, tau=0.2):
-    """MoCo v3's loss, Eq. 2 as in Algorithm 1: 2 tau times the cross entropy of <q, z> / tau, where
-    the right class is the anchor's own image; mean over images. Negatives are the other view's keys
-    of all other images, on all ranks. The factor 2 tau is MoCo v3's, the same for all terms."""
+    """MoCo v3's loss: Eq. 2 times 2 tau, as in Algorithm 1. Eq. 2 is the cross entropy of
+    <q, z> / tau, where the right class is the anchor's own image; mean over images. Negatives are
+    the other view's keys of all other images, on all ranks."""
     logits = similarity(q, all_ranks(z.flip(0)), tau)  # (..., 2, B, ranks * B)
     cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
     return (2 * tau * cross_entropy.mean(-1)).sum(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss: as `ctr`, its factor included, with more negatives. An anchor also meets the
-    keys of its own view; among those its own image's key is masked, for it is neither a positive
-    nor a negative. nt_xent(z, z) is plain SimCLR."""
+    """SimCLR's loss: as `ctr`, its factor included, with more negatives: an anchor also meets the
+    keys of its own view. Among those its own image's key is masked; in plain SimCLR, which is
+    nt_xent(z, z), it would be the anchor itself."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
     within = similarity(q, keys, tau)  # with those of the anchor's own view
@@ -342,6 +354,13 @@ def nt_xent(q, z, tau=0.2):
     return 2 * tau * cross_entropy.mean(-1).sum(-1)
 
 
+def spread(x):
+    """Shows collapse: root mean square distance of representations x (B, D), on the unit sphere,
+    from their mean, over all ranks. It is 0 if all images have become one point."""
+    mean = gather(F.normalize(x.float()).mean(0)).mean(0)
+    return (1 - mean.norm() ** 2).clamp(min=0).sqrt()  # |u|^2 is 1 for all u: mean of |u - mean|^2
+
+
 # ---- 5. The objective: Algorithm 1, for all three frameworks ----
 
 FRAMEWORKS = ("simclr", "byol", "mocov3")
@@ -352,12 +371,13 @@ class SDSSL(nn.Module):
 
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
-    BYOL and MoCo v3 rest on predictors near their optimum (section 3.2, after BYOL), and the lower
-    layers' predictors would otherwise learn only as much as alpha allows, which starts at 0.
+    BYOL and MoCo v3 need predictors near their optimum, and Eq. 3 alone teaches those of lower
+    layers too little (section 3.2), above all while alpha is small. Once alpha has risen, the term
+    only scales a predictor's gradient, which AdamW undoes: README says what is left of Eq. 5.
 
     backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
         returns a list of representations (B, width), one per layer
-    hidden_dim: of the last projector and of all predictors; the other projectors have half of it
+    hidden_dim: of the last projector and of all predictors; the lower projectors have half of it
     out_dim: E
     tau: temperature of the contrastive losses
     beta: weight of Eq. 5
@@ -383,6 +403,7 @@ class SDSSL(nn.Module):
         self.tau = tau
         self.beta = beta
         batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        # as in a ResNet; see `represent`
         self.batch_norm = any(isinstance(module, batch_norms) for module in backbone.modules())
         if distill:
             self.with_heads = list(range((L - 1) % every, L, every))  # every=4 of 12: 3, 7, 11
@@ -459,8 +480,7 @@ class SDSSL(nn.Module):
         loss: to be minimised
         ssl, isd, pred: its three terms before they are weighted, without gradient: the framework's,
             intermediate self-distillation, and the predictors'
-        spread: shows collapse. Root mean square distance of the last representations, on the unit
-            sphere, from their mean; it is 0 if all images have become one point
+        spread: of the last layer's representations; near 0 they have collapsed
         h: the last layer's projections (2, B, E), with gradient, for Distill-on-the-Go (part 13)"""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
         layers = self.represent(self.backbone, x)  # L x (2B, D)
@@ -479,17 +499,8 @@ class SDSSL(nn.Module):
             loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
-        # over unit vectors u with mean m, the mean of |u - m|^2 is 1 - |m|^2
-        mean = gather(F.normalize(layers[-1].detach().float()).mean(0)).mean(0)
-        spread = (1 - mean.norm() ** 2).clamp(min=0).sqrt()
         terms = dict(ssl=loss_ssl.detach(), isd=loss_isd.detach(), pred=loss_pred.detach())
-        return dict(loss=loss, **terms, spread=spread, h=h[-1])
-
-    @property
-    def networks(self):
-        """The backbones worth keeping, by name. SimCLR has one, which goes by both names."""
-        teacher = self.backbone if self.teacher is None else self.teacher
-        return dict(teacher=teacher, student=self.backbone)
+        return dict(loss=loss, **terms, spread=spread(layers[-1].detach()), h=h[-1])
 
     @torch.no_grad()
     def update_teacher(self, m):
@@ -500,8 +511,14 @@ class SDSSL(nn.Module):
             return
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
-        # theirs.lerp_(ours, 1 - m) for each pair, in one kernel; the last argument is not used
+        # teacher.lerp_(student, 1 - m), all in one kernel; the last argument is not used
         get_ema_multi_avg_fn(decay=m)(teacher, student, None)
+
+    @property
+    def networks(self):
+        """The backbones worth keeping, by name. SimCLR has one, which goes by both names."""
+        teacher = self.backbone if self.teacher is None else self.teacher
+        return dict(teacher=teacher, student=self.backbone)
 
 
 # ---- 6. One step: the schedules, and a turn of Algorithm 1's loop ----
@@ -515,7 +532,7 @@ def cosine(start, end, t):
 def learning_rate(step, total, warmup, peak):
     """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
     if step < warmup:
-        return peak * min(1, (step + 1) / warmup)  # warmup may be no whole number
+        return peak * min(1, (step + 1) / warmup)  # warmup may be a fraction
     return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
@@ -547,7 +564,7 @@ def parameter_groups(model, weight_decay):
 
 def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
     """Algorithm 1's loop on one pair of views (B, 3, H, W); returns SDSSL's dict. model:
-    SDSSL, or DistributedDataParallel around it. bf16: forward in bfloat16 where that is safe."""
+    SDSSL, or DistributedDataParallel around it. bf16: forward under bfloat16's autocast."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=bf16):
@@ -564,7 +581,8 @@ def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-VIEWS = (  # BYOL's and MoCo v3's recipe: probabilities, in the two views; the rest is alike in both
+# BYOL's and MoCo v3's recipe treats the two views alike, but for these two probabilities
+VIEWS = (
     dict(blur=1.0, solarize=0.0),
     dict(blur=0.1, solarize=0.2),
 )
@@ -593,8 +611,8 @@ def shift_hue(x, shift):
     c = chroma + 1e-9  # grey has no chroma, and may have any hue
     hue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
     hue = torch.where(value == r, (g - b) / c, hue)
-    # Back to RGB: with k = (hue + n) mod 6, and n = 5, 3, 1 for red, green, blue, a channel is
-    # value - chroma * max(0, min(k, 4 - k, 1)): high for a third of the circle, low for another
+    # Back to RGB: with k = (turned hue + n) mod 6, and n = 5, 3, 1 for red, green, blue, a channel
+    # is value - chroma * max(0, min(k, 4 - k, 1)): high for a third of the circle, low for another
     n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue[:, None] + 6 * shift + n) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -632,7 +650,7 @@ def gaussian_blur(x, sigma, radius):
 
 
 def augment(x, blur, solarize, generator, part=0, parts=1):
-    """A random view of each image by BYOL's recipe (Table 6 of BYOL), which MoCo v3 uses, too:
+    """A random view of each image by BYOL's recipe (BYOL's own Table 6), which MoCo v3 uses, too:
     crops x (B, 3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: on
     the CPU. x may be one of several equal parts of a batch, numbered from 0: random numbers are
     drawn for the whole batch, so that views do not depend on how it is divided."""
@@ -656,8 +674,9 @@ def augment(x, blur, solarize, generator, part=0, parts=1):
     scale = x.shape[-1] / 224  # the recipe's blur is in pixels of a 224-pixel view
     order = torch.randperm(4, generator=generator).tolist()
     jitter = partial(color_jitter, order=order)
-    strengths = [uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(0.8, 1.2), uniform(-0.1, 0.1)]
-    x = sometimes(0.8, jitter, x, *strengths)
+    brightness, contrast = uniform(0.6, 1.4), uniform(0.6, 1.4)
+    saturation, hue = uniform(0.8, 1.2), uniform(-0.1, 0.1)
+    x = sometimes(0.8, jitter, x, brightness, contrast, saturation, hue)
     x = sometimes(0.2, partial(TF.rgb_to_grayscale, num_output_channels=3), x)
     sigma = scale * uniform(0.1, 2.0)
     radius = math.ceil(6 * scale)  # three times the largest sigma
@@ -736,8 +755,9 @@ def draw_glyphs(n, seed):
     return [(Image.fromarray(array), label) for array, label in zip(arrays, labels.tolist())]
 
 
-SETS = {  # name: torchvision's class, the argument that chooses a part, and its values for
-    # pretraining, labelled training and validation; another set is one line more
+# name: torchvision's class, the argument that chooses a part, and its values for pretraining,
+# labelled training and validation; another set is one line more
+SETS = {
     "cifar10": ("CIFAR10", "train", True, True, False),
     "cifar100": ("CIFAR100", "train", True, True, False),
     "fgvcaircraft": ("FGVCAircraft", "split", "trainval", "trainval", "test"),
@@ -895,7 +915,8 @@ class TrainingCrops:
             x = TF.pil_to_tensor(image)[None]
             for tries in tries_of_crops:
                 crops.append(self.crop(x, tries))
-        crops = torch.cat(crops).unflatten(0, (-1, self.crops)).transpose(0, 1)
+        crops = torch.cat(crops).unflatten(0, (-1, self.crops))  # (B, crops, 3, size, size)
+        crops = crops.transpose(0, 1)
         return crops, torch.tensor(read), complaints
 
     def read(self, index, step, complaints):
@@ -940,20 +961,35 @@ class CentreCrops:
         return TF.pil_to_tensor(image), label
 
 
+def check_shared_memory(size, workers):
+    """Raises UserError if worker processes that read batches of `size` bytes do not fit into
+    /dev/shm, where they hand them over (Docker's has 64 MB): torch would say so in a worker's
+    traceback, and then wait for ever."""
+    if workers == 0 or not Path("/dev/shm").is_dir():
+        return
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed = 2 * size * workers * ranks_here / 1e9  # a worker reads two batches ahead
+    free = shutil.disk_usage("/dev/shm").free / 1e9
+    if needed > free:
+        what = f"{workers} workers need {needed:.2f} GB of shared memory"
+        raise UserError(f"{what}, /dev/shm has {free:.2f}: fewer --workers, or --shm-size")
+
+
 # ---- 9. How good is every layer? DINO's weighted k-NN, during training and in eval_knn.py ----
 
 
 def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
     """DINO's weighted k-NN: each of the k nearest training images (by cosine) votes for its class
-    with exp(similarity / temperature). train_x (N, D) and its classes train_y (N,), test_x (M, D)
-    -> scores (M, num_classes)."""
+    with exp(similarity / temperature), in parts of what the nearest one has. train_x (N, D) and its
+    classes train_y (N,), test_x (M, D) -> scores (M, num_classes)."""
     train_x = F.normalize(train_x.float(), dim=-1)
     chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
     scores = []
     for x in test_x.split(chunk):
         similarities = F.normalize(x.float(), dim=-1) @ train_x.T
         similarities, neighbours = similarities.topk(min(k, len(train_x)))
-        votes = ((similarities - 1) / temperature).exp()  # minus 1: no overflow, same winner
+        nearest = similarities[:, :1]  # its vote is 1: nothing overflows, or vanishes
+        votes = ((similarities - nearest) / temperature).exp()
         empty = votes.new_zeros(len(x), num_classes)
         scores.append(empty.scatter_add_(1, train_y[neighbours], votes))
     return torch.cat(scores)
@@ -970,6 +1006,7 @@ def extract(backbone, dataset, device, workers=0, bf16=False):
     backbone.eval()
     n = len(dataset)
     each = math.ceil(n / world_size())
+    check_shared_memory(min(256, each) * dataset[0][0].nbytes, workers)
     share = [(i * world_size() + rank()) % n for i in range(each)]
     pinned = device.type == "cuda"
     loader = DataLoader(dataset, 256, sampler=share, num_workers=workers, pin_memory=pinned)
@@ -1055,7 +1092,7 @@ def setting(default, text, choices=None, low=0, high=10**9):
 
 @dataclass
 class Recipe:
-    """What is learned follows from these settings, the images, and rounding. The defaults are the
+    """These settings and the images decide what is learned, up to rounding. The defaults are the
     paper's for MoCo v3 and BYOL on ImageNet (section 4.1)."""
 
     framework: str = setting("simclr", "SSL framework that is self-distilled", FRAMEWORKS)
@@ -1090,7 +1127,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @dataclass
 class Config(Recipe):
-    """All settings; these say where and how it runs, and a run may go on with other values."""
+    """All settings: a Recipe's, and those below, which say where and how it runs. A run may go on
+    with other values of the latter."""
 
     data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
     out: str = setting("", "run folder; by default runs/ and a name of data, framework and seed")
@@ -1155,7 +1193,7 @@ def parse_config(argv=None):
     if is_named(data.lower()):
         data = data.lower()  # torchvision writes CIFAR10
     preset = given.get("preset") or (data if data in PRESETS else "imagenet")
-    config = Config(**PRESETS[preset] | given)
+    config = Config(**(PRESETS[preset] | given))
     config.data = data
     config.preset = preset
     if "bf16" not in given:
@@ -1166,7 +1204,7 @@ def parse_config(argv=None):
 
 
 def build_backbone(**architecture):
-    """The backbone of its keyword arguments; it remembers them, for the checkpoint."""
+    """A ViT, or a ResNet, from keyword arguments; it remembers them, for the checkpoint."""
     network = ResNet if "name" in architecture else VisionTransformer
     backbone = network(**architecture)
     backbone.architecture = architecture
@@ -1219,7 +1257,7 @@ def load_backbone(path, which="teacher", **changes):
         raise UserError(f"{path}: the {which} is a ResNet, which has neither depth nor pool")
     if changes.get("depth", 1) not in range(1, architecture.get("depth", 1) + 1):
         raise UserError(f"{path}: the {which} has {architecture['depth']} blocks, see {changes}")
-    backbone = build_backbone(**architecture | changes)
+    backbone = build_backbone(**(architecture | changes))
     weights = networks[which]["weights"]
     backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
     return backbone.eval()
@@ -1245,6 +1283,12 @@ def say(text):
     """Print, on rank 0 alone, without breaking a progress bar."""
     if rank() == 0:
         tqdm.write(text)
+
+
+def check_ranks_agree(step, path):
+    """Raises UserError if ranks have read checkpoints of different steps at `path`."""
+    if len(gather(torch.tensor(step)).unique()) > 1:
+        raise UserError(f"{path} must lie where all nodes see it: ranks differ")
 
 
 def differences(settings, others):
@@ -1276,11 +1320,11 @@ class Run:
     def find_checkpoint(self):
         """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
         with as_user_error("argument --out", OSError):
-            names = os.listdir(self.folder) if self.folder.exists() else []
-        if names and not {"last.pt", "log.jsonl"} & set(names):
-            raise UserError(f"{self.folder} is not a run's, and not empty: choose another --out")
-        if "last.pt" not in names:
+            names = set(os.listdir(self.folder)) if self.folder.exists() else set()
+        if not names - {"last.pt.new"}:  # which a run leaves that is killed as it begins
             return None
+        if "last.pt" not in names:
+            raise UserError(f"{self.folder} is not empty, and has no last.pt: choose another --out")
         checkpoint = load_checkpoint(self.folder / "last.pt")
         if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
             raise UserError(f"{self.folder} holds {self.CANNOT}")
@@ -1300,16 +1344,14 @@ class Run:
                 optimizer.load_state_dict(checkpoint["optimizer"])
             step = checkpoint["step"]
             self.records = [json.loads(line) for line in checkpoint["log"].splitlines()]
-        if len(gather(torch.tensor(step)).unique()) > 1:
-            raise UserError(f"{self.folder} must lie where all nodes see it: ranks differ")
+        check_ranks_agree(step, self.folder)
         return step
 
     def start(self, dataset):
-        """Open the folder for writing: the log as far as the checkpoint, settings, a picture."""
+        """Open the log, as far as the checkpoint has it; write settings and a picture."""
         if rank() > 0:
             return
         with as_user_error(f"argument --out: cannot write into {self.folder}", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
@@ -1354,6 +1396,8 @@ class Run:
         """Write the checkpoint: what it takes to resume; and for other uses, networks by name."""
         if rank() > 0:
             return
+        with as_user_error("argument --out", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
         networks = {}
         for name, backbone in model.networks.items():
             networks[name] = dict(architecture=backbone.architecture, weights=backbone.state_dict())
@@ -1416,7 +1460,7 @@ def labelled_parts(config):
         say(f"no k-NN tables: {error}")
         return []
     if getattr(train_set, "classes", None) != getattr(val_set, "classes", None):
-        raise UserError("train/ and val/ have different classes: mend that, or --knn-every 0")
+        raise UserError("train/ and val/ have different classes: make them alike, or --knn-every 0")
     return [CentreCrops(train_set, config.img_size), CentreCrops(val_set, config.img_size)]
 
 
@@ -1444,25 +1488,17 @@ def prepare(model, config):
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
     # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises, and keeps statistics
-    # of, its own images. This is the only case in which the number of ranks changes the result.
+    # of, its own images. Only in this case do ranks change more of the result than its rounding.
     return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def read_ahead(dataset, steps, config):
     """The batches of these steps, read by worker processes ahead of time: a DataLoader. Raises
-    UserError if they do not fit into /dev/shm, where workers hand them over (Docker's has 64 MB):
-    torch would say so in a worker's traceback, and then wait for ever."""
-    if config.workers > 0 and Path("/dev/shm").is_dir():
-        images = 2 * config.batch_size // world_size()  # two views
-        if config.knn_every > 0:
-            images += 256  # a batch of `extract`, whose workers run beside the training's
-        size = 3 * config.img_size**2 * images  # bytes
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        needed = 2 * size * config.workers * ranks_here / 1e9  # a worker reads two batches ahead
-        free = shutil.disk_usage("/dev/shm").free / 1e9
-        if needed > free:
-            what = f"{config.workers} workers need {needed:.2f} GB of shared memory"
-            raise UserError(f"{what}, /dev/shm has {free:.2f}: fewer --workers, or --shm-size")
+    UserError if shared memory is too small."""
+    images = 2 * config.batch_size // world_size()  # two views
+    if config.knn_every > 0:
+        images += 256  # a batch of `extract`, whose workers run beside the training's
+    check_shared_memory(3 * config.img_size**2 * images, config.workers)
     return DataLoader(
         dataset,
         batch_size=None,  # an item is a whole batch
@@ -1503,14 +1539,17 @@ def train(config):
     last = min(total, config.max_steps or total)
     say(f"{run.folder}: step {first} to {last} of {total}, {device} x {world_size()}")
     if first >= last:
-        return run.show_tables()
+        run.show_tables()
+        return
     steps = range(first, last)
     loader = read_ahead(dataset, steps, config)
+    if first == 0:
+        run.save(model, optimizer, 0)  # from now on the folder is known as this run's
     run.start(dataset)
     if parts and first == 0:
         run.log_tables(0, 0.0, knn_tables(model, parts, device, config))
 
-    trained = prepare(model, config)  # the same weights
+    trained = prepare(model, config)  # shares its weights
     images = config.batch_size
     bar = tqdm(total=last, initial=first, unit="img", unit_scale=images, disable=rank() > 0)
     clock = time.perf_counter()
@@ -1556,7 +1595,7 @@ def run_or_explain(program, run):
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         what = str(error).partition(". ")[0]
-        advice = "--recompute, --bf16, a smaller --batch-size or more ranks need less"
+        advice = "a smaller --batch-size, more ranks, in training --recompute or --bf16 need less"
         tqdm.write(f"{program}: {what}: {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -1629,7 +1668,8 @@ class DoGo(nn.Module):
         self.mutual = mutual
 
     def forward(self, x1, x2, alpha=1.0):
-        """Two views (B, 3, H, W) -> dict of scalars: `loss` of both, and the terms of each."""
+        """Two views (B, 3, H, W) -> the model's dict, and the peer's with peer_ before its names;
+        `loss` is that of both."""
         terms = self.model(x1, x2, alpha)
         peer_terms = self.peer(x1, x2, alpha)
         kl = mutual_kl(terms["h"], peer_terms["h"]) + mutual_kl(peer_terms["h"], terms["h"])
@@ -1644,7 +1684,7 @@ class DoGo(nn.Module):
         return self.model.networks | dict(peer=self.peer.networks["teacher"])
 
     def update_teacher(self, m):
-        """Both teachers'."""
+        """Those of both models."""
         self.model.update_teacher(m)
         self.peer.update_teacher(m)
 

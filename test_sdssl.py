@@ -985,8 +985,18 @@ def test_knn_scores_are_dinos_weighted_votes(n, k):
         similarities = F.cosine_similarity(test[i], train)
         votes = torch.zeros(3)
         for j in similarities.argsort()[-k:]:
-            votes[labels[j]] += math.exp((similarities[j] - 1) / 0.1)
+            votes[labels[j]] += math.exp((similarities[j] - similarities.max()) / 0.1)
         assert_close(found[i], votes)
+
+
+def test_knn_votes_do_not_vanish_at_low_temperatures():
+    torch.manual_seed(0)
+    train = torch.randn(1000, 64)
+    labels = torch.arange(1000) % 10
+    test = torch.randn(50, 64)
+    found = sdssl.knn_scores(train, labels, test, 10, k=20, temperature=0.001)
+    similarities = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
+    assert (found.argmax(1) == labels[similarities.argmax(1)]).all()  # the nearest decides
 
 
 def test_ranks_extract_every_image_once_in_order(monkeypatch):
@@ -1357,6 +1367,35 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(finished, tmp_path, c
     assert contents(root / "run") == before
 
 
+@pytest.mark.parametrize("names", [["log.jsonl", "config.json"], ["last.pt.new", "notes"], ["x"]])
+def test_a_folder_without_a_checkpoint_is_refused_and_left_alone(names, tmp_path, capsys):
+    for name in names:
+        (tmp_path / name).write_text("somebody's")
+    before = contents(tmp_path)
+    assert "no last.pt: choose another --out" in refused(capsys, *RUN, "--out", tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_run_that_is_killed_as_it_begins_goes_on(tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise ZeroDivisionError
+
+    flags = [*RUN, "--max-steps", "3"]
+    sdssl.main([*flags, "--out", str(tmp_path / "whole")])
+    for function in ("write_whole", "two_views", "train_step"):  # first checkpoint, picture, step
+        folder = tmp_path / function
+        with monkeypatch.context() as patch:
+            patch.setattr(sdssl, function, interrupt)
+            with pytest.raises(ZeroDivisionError):
+                sdssl.main([*flags, "--out", str(folder)])
+        if function == "write_whole":
+            (folder / "last.pt.new").write_text("half of a checkpoint")
+        sdssl.main([*flags, "--out", str(folder)])
+        logs = [log_of(folder), log_of(tmp_path / "whole")]
+        timeless = dict(images_per_s=0)
+        assert [r | timeless for r in logs[0]] == [r | timeless for r in logs[1]]
+
+
 def test_train_and_val_of_different_classes_are_refused(finished, tmp_path, capsys):
     root, flags, _ = finished
     data = shutil.copytree(root / "data", tmp_path / "data")
@@ -1393,9 +1432,8 @@ def test_workers_that_do_not_fit_into_shared_memory_are_one_line(tmp_path, capsy
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=64e6))
     message = refused(capsys, *RUN, "--workers", "8", "--img-size", "224", "--out", tmp_path)
     assert "0.23 GB" in message and "has 0.06" in message and "--shm-size" in message
-    sdssl.main(
-        [*RUN, "--workers", "8", "--max-steps", "1", "--out", str(tmp_path)]
-    )  # small ones do
+    small = [*RUN, "--workers", "8", "--max-steps", "1"]
+    sdssl.main([*small, "--out", str(tmp_path)])  # these do
 
 
 @pytest.mark.parametrize("kind", ["list", "other tool", "older", "other weights"])
@@ -1709,7 +1747,8 @@ def test_eval_knn_measures_what_its_functions_say(pool, trained, tmp_path, capsy
     arrays = numpy.load(features)
     assert (arrays["layer6"] == val[0][5].numpy()).all()
     assert (arrays["labels"] == val[1].numpy()).all()
-    assert Image.open(run / "cka.png").size == (144, 144)
+    [picture] = run.glob("last-cka-*.png")
+    assert Image.open(picture).size == (144, 144)
 
     message = refused(capsys, path, *flags, "--save-features", features, main=eval_knn.main)
     assert "--save-features" in message  # what is there stays
@@ -1718,13 +1757,46 @@ def test_eval_knn_measures_what_its_functions_say(pool, trained, tmp_path, capsy
     assert first == second == f"{found['top-1'][0]:#.3g}"  # side by side
 
 
-def test_numbers_that_cannot_be_written_are_printed_all_the_same(trained, tmp_path, capsys):
+@pytest.mark.parametrize("there", ["not JSON", "[1, 2]", "a number"])
+def test_numbers_that_cannot_be_written_are_printed_all_the_same(there, trained, tmp_path, capsys):
     run = shutil.copytree(trained / "run", tmp_path / "run")
-    (run / "knn.json").write_text("not JSON")
+    if there == "a number":
+        eval_knn.main([str(run / "last.pt"), *ON_CPU])
+        [key] = json.loads((run / "knn.json").read_text())
+        there = json.dumps({key: 1})
+    (run / "knn.json").write_text(there)
+    capsys.readouterr()
     eval_knn.main([str(run / "last.pt"), *ON_CPU])
     output = capsys.readouterr().out
-    assert output.index("top-1") < output.index("not in knn.json")
-    assert (run / "knn.json").read_text() == "not JSON"
+    assert "top-1" in output and "not in knn.json" in output
+    assert (run / "knn.json").read_text() == there
+
+
+def test_of_several_networks_each_one_is_opened_first_and_saved_at_once(
+    trained, tmp_path, capsys, monkeypatch
+):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    shutil.copy(run / "last.pt", run / "other.pt")
+    retrieval = eval_knn.retrieval
+    calls = itertools.count()
+
+    def second_fails(*args):
+        if next(calls) == 1:
+            raise ZeroDivisionError
+        return retrieval(*args)
+
+    monkeypatch.setattr(eval_knn, "retrieval", second_fails)
+    flags = [*ON_CPU, "--retrieval", "--analysis"]
+    typo = [run / "last.pt", run / "typo.pt", *flags]
+    assert "typo.pt" in refused(capsys, *typo, main=eval_knn.main)
+    assert not (run / "knn.json").exists()
+    with pytest.raises(ZeroDivisionError):
+        eval_knn.main([str(run / "last.pt"), str(run / "other.pt"), *flags])
+    [key] = json.loads((run / "knn.json").read_text())
+    assert key.startswith("last.pt")
+    eval_knn.main([str(run / "other.pt"), *flags])
+    pictures = {f"{stem}-cka-trained0-teacher.png" for stem in ("last", "other")}
+    assert {path.name for path in run.glob("*cka*")} == pictures
 
 
 def test_weights_where_nothing_can_be_written_are_probed_all_the_same(
@@ -1780,8 +1852,31 @@ def test_an_interrupted_probe_goes_on_and_another_is_refused(
         assert torch.equal(stopped[name], weight)
     before = contents(run)
     other = [run / "last.pt", *ON_CPU, "--batch-size", "60", "--epochs", "4", "--lrs", "0.2"]
-    assert "move it away" in refused(capsys, *other, main=eval_linear.main)
+    message = refused(capsys, *other, main=eval_linear.main)
+    assert "was not trained with lrs [0.2]: move it away" in message
     assert contents(run) == before
+
+
+@pytest.mark.parametrize("mode", [["--cached"], ["--finetune"]], ids=str)
+def test_probes_of_other_weights_under_the_same_name_are_refused(mode, trained, tmp_path, capsys):
+    path = tmp_path / "w.pth"
+    flags = [*ON_CPU, "--batch-size", "100", "--epochs", "1", "--workers", "0", *mode]
+    flags += ["--data", str(trained), "--num-heads", "4"]
+    weights = sdssl.load_backbone(trained / "run/last.pt").state_dict()
+    torch.save(weights, path)
+    eval_linear.main([str(path), *flags])
+    weights["blocks.3.mlp.fc1.weight"][5, 5] += 1e-3
+    torch.save(weights, path)
+    before = contents(tmp_path)
+    assert "was not trained with weights " in refused(capsys, path, *flags, main=eval_linear.main)
+    assert contents(tmp_path) == before
+
+
+def test_ranks_must_see_the_same_probes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sdssl, "gather", lambda x: torch.stack([x, x + 1]))
+    training = eval_linear.Training(tmp_path / "probes.pt", {}, nn.Linear(1, 1), None)
+    with pytest.raises(UserError, match="must lie where all nodes see it"):
+        training.resume()
 
 
 def test_finetuning_trains_everything(trained, tmp_path):
@@ -1828,6 +1923,57 @@ def test_two_ranks_evaluate_like_one(trained, tmp_path):
     one = evaluate(ranks=1)
     assert len(one) == 18
     assert evaluate(ranks=2) == pytest.approx(one, abs=1.1)  # an image more or less
+
+
+FOREIGN = {  # what a file holds: what the one line must say
+    "none": (dict(model=None), "0 ViTs"),
+    "list": (dict(model=[torch.zeros(1)]), "0 ViTs"),
+    "tensor": (dict(state_dict=torch.zeros(1)), "0 ViTs"),
+    "numbers": ({0: torch.zeros(1)}, "0 ViTs"),
+    "flat": (
+        dict(
+            cls_token=torch.zeros(1),
+            pos_embed=torch.zeros(9),
+            **{"patch_embed.proj.weight": torch.zeros(8, 3, 2, 2)},
+        ),
+        "unlike sdssl.py's",
+    ),
+    "networks": (dict(networks={}), "the whole last.pt"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_without_a_network_are_one_line(kind, tmp_path, capsys):
+    found, word = FOREIGN[kind]
+    torch.save(found, tmp_path / "w.pth")
+    flags = [tmp_path / "w.pth", *ON_CPU, "--data", "toy", "--num-heads", "2"]
+    assert word in refused(capsys, *flags, main=eval_knn.main)
+
+
+@pytest.mark.parametrize("main", [eval_knn.main, eval_linear.main])
+def test_workers_of_an_evaluation_must_fit_into_shared_memory(main, trained, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1e5))
+    flags = ["--batch-size", "60", "--epochs", "1"] if main == eval_linear.main else []
+    message = refused(capsys, trained / "run/last.pt", *ON_CPU, *flags, main=main)
+    assert "2 workers need 0.00 GB" in message and "--shm-size" in message
+
+
+def test_the_augmented_batches_of_probes_must_fit_into_shared_memory(trained, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(sdssl, "check_shared_memory", lambda *args: asked.append(args))
+    probing = ["--batch-size", "60", "--epochs", "1", "--workers", "0", "--finetune"]
+    monkeypatch.setattr(eval_linear.Training, "save", lambda *args: None)
+    eval_linear.main([str(trained / "run/last.pt"), *ON_CPU, *probing])
+    assert (60 * 3 * 32 * 32, 0) in asked  # bytes of its crops
+
+
+def test_a_resnet_is_finetuned_with_one_batchnorm_for_all_ranks(trained, tmp_path, capsys):
+    flags = ["--preset", "toy", "--arch", "resnet18", "--data", str(trained), "--batch-size", "4"]
+    sdssl.main([*RUN, *flags, "--max-steps", "1", "--knn-every", "0", "--out", str(tmp_path)])
+    flags = [tmp_path / "last.pt", *ON_CPU, "--finetune", "--batch-size", "60"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sdssl, "world_size", lambda: 2)
+        assert "ResNet's BatchNorm" in refused(capsys, *flags, main=eval_linear.main)
 
 
 def test_what_cannot_be_evaluated_is_one_line(trained, tmp_path, capsys):
