@@ -7,8 +7,9 @@ lower layer learn from that same target. Layer l gets a projector and a predicto
 
     h_l = projector_l(layer l)    and    q_l = predictor_l(h_l),
 
-and the target z_L is the last layer's projection by a momentum teacher. With L_ssl, the framework's
-own loss, and sg, which stops the gradient, the whole idea is one line, Eq. 6 of the paper:
+and the target z_L is the last layer's projection by a momentum teacher. L_ssl is the framework's
+own loss, between one view's q and the other view's z, both ways; sg stops the gradient. Then the
+whole idea is one equation, Eq. 6 of the paper:
 
     loss = L_ssl(q_L, z_L)                                     the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
@@ -256,9 +257,9 @@ def standardise(x):
 class Heads(nn.Module):
     """Several MLPs of the same shape, each with weights of its own, computed side by side:
     (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer's
-    representations of both views. On each view, and with statistics of that view alone, a copy
-    computes what this module does in training mode; running statistics are not kept, for no head is
-    ever evaluated:
+    representations of both views. A copy is the module below in training mode, applied to one view
+    after the other, so that they do not share BatchNorm's statistics. Running statistics are not
+    kept, for no head is ever evaluated.
 
         nn.Sequential(
             nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(),
@@ -315,7 +316,7 @@ def similarity(q, keys, tau):
     with torch.autocast(q.device.type, enabled=False):
         q = F.normalize(q.float(), dim=-1)
         keys = F.normalize(keys.float(), dim=-1)
-        return q / tau @ keys.transpose(-2, -1)
+        return (q / tau) @ keys.transpose(-2, -1)
 
 
 def positives(logits):
@@ -330,18 +331,18 @@ def byol_loss(q, z):
 
 
 def ctr(q, z, tau=0.2):
-    """MoCo v3's loss: Eq. 2 times 2 tau, as in Algorithm 1. Eq. 2 is the cross entropy of
-    <q, z> / tau, where the right class is the anchor's own image; mean over images. Negatives are
-    the other view's keys of all other images, on all ranks."""
+    """MoCo v3's contrastive loss: Eq. 2 times 2 tau, as in Algorithm 1. Eq. 2 is the cross entropy
+    of cos(q, z) / tau, where the right class is the anchor's own image; mean over images. Negatives
+    are the other view's keys of all other images, on all ranks."""
     logits = similarity(q, all_ranks(z.flip(0)), tau)  # (..., 2, B, ranks * B)
     cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
     return (2 * tau * cross_entropy.mean(-1)).sum(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss: as `ctr`, its factor included, with more negatives: an anchor also meets the
-    keys of its own view. Among those its own image's key is masked; in plain SimCLR, which is
-    nt_xent(z, z), it would be the anchor itself."""
+    """SimCLR's loss: as `ctr` (with the same factor, though SimCLR has none; AdamW undoes it), but
+    with more negatives: an anchor also meets the keys of its own view. Among those its own image's
+    key is masked: in plain SimCLR, which is nt_xent(z, z), it is the anchor itself."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
     within = similarity(q, keys, tau)  # with those of the anchor's own view
@@ -355,10 +356,11 @@ def nt_xent(q, z, tau=0.2):
 
 
 def spread(x):
-    """Shows collapse: root mean square distance of representations x (B, D), on the unit sphere,
+    """Shows collapse: root mean square distance of representations x (M, D), on the unit sphere,
     from their mean, over all ranks. It is 0 if all images have become one point."""
     mean = gather(F.normalize(x.float()).mean(0)).mean(0)
-    return (1 - mean.norm() ** 2).clamp(min=0).sqrt()  # |u|^2 is 1 for all u: mean of |u - mean|^2
+    # for unit vectors u, the mean of |u - mean|^2 is 1 - |mean|^2
+    return (1 - mean.norm() ** 2).clamp(min=0).sqrt()
 
 
 # ---- 5. The objective: Algorithm 1, for all three frameworks ----
@@ -372,8 +374,9 @@ class SDSSL(nn.Module):
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
     BYOL and MoCo v3 need predictors near their optimum, and Eq. 3 alone teaches those of lower
-    layers too little (section 3.2), above all while alpha is small. Once alpha has risen, the term
-    only scales a predictor's gradient, which AdamW undoes: README says what is left of Eq. 5.
+    layers too little (section 3.2). To such a predictor both terms give the same gradient, times
+    alpha / (C - 1) and times beta. AdamW undoes a factor that stays constant, so that Eq. 5 matters
+    only while alpha changes, most at the start, where it is 0: see README.
 
     backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
         returns a list of representations (B, width), one per layer
@@ -382,7 +385,7 @@ class SDSSL(nn.Module):
     tau: temperature of the contrastive losses
     beta: weight of Eq. 5
     every: distil only every n-th layer, counted from the last one (Table 6)
-    mid_layers: number of linear layers in the intermediate projectors, 2 or 3 (Table 6)
+    mid_layers: number of linear layers in the lower projectors; the paper has 3, or 2 (Table 6)
 
     Raises ValueError for what cannot be built, and in the first step if the backbone returns other
     widths than it announces."""
@@ -403,7 +406,7 @@ class SDSSL(nn.Module):
         self.tau = tau
         self.beta = beta
         batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-        # as in a ResNet; see `represent`
+        # with BatchNorm, as in a ResNet, `represent` keeps the views apart
         self.batch_norm = any(isinstance(module, batch_norms) for module in backbone.modules())
         if distill:
             self.with_heads = list(range((L - 1) % every, L, every))  # every=4 of 12: 3, 7, 11
@@ -532,12 +535,13 @@ def cosine(start, end, t):
 def learning_rate(step, total, warmup, peak):
     """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
     if step < warmup:
-        return peak * min(1, (step + 1) / warmup)  # warmup may be a fraction
+        return peak * min(1, (step + 1) / warmup)  # warmup may be 2.5 steps
     return cosine(peak, 0, (step - warmup) / (total - warmup))
 
 
 def schedules(config, step, total):
-    """Learning rate, alpha and teacher's momentum at a step, 0 to total - 1, of the whole run."""
+    """Learning rate, alpha and teacher's momentum at a step, 0 to total - 1, of the whole run.
+    config: see Recipe in part 10."""
     peak = config.lr * config.batch_size / 256
     lr = learning_rate(step, total, config.warmup * total, peak)
     # section 4.5: the last layer is worth following only once it has learned something itself
@@ -553,7 +557,7 @@ def parameter_groups(model, weight_decay):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # [CLS] and the norms of Heads have several axes, and are vectors all the same
+        # [CLS] and the norms of Heads have several axes, but are vectors
         vector = p.ndim < 2 or "cls_token" in name or "scales" in name or "shifts" in name
         if vector:
             spared.append(p)
