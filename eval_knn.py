@@ -17,6 +17,7 @@ spread evenly. `random` takes sdssl.py's flags after it, and writes nothing.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import pathlib
@@ -151,6 +152,8 @@ def foreign_backbone(checkpoint, which, num_heads, pool="cls"):
         width, _, _, patch_size = weights["patch_embed.proj.weight"].shape
         grid = math.isqrt(weights["pos_embed"].shape[1] - 1)
         depth = len([name for name in weights if name.endswith("norm1.weight")])
+        if depth == 0:
+            raise ValueError("it has no blocks")
         backbone = sdssl.build_backbone(
             img_size=grid * patch_size,
             patch_size=patch_size,
@@ -189,6 +192,15 @@ class Network:
     def size(self):
         """Of its images, in pixels."""
         return self.backbone.architecture["img_size"]
+
+    @property
+    def fingerprint(self):
+        """A short text that other weights do not have."""
+        digest = hashlib.sha256()
+        for name, weight in self.backbone.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def open_network(path, args, flags):
@@ -241,13 +253,16 @@ def open_parts(data):
 
 
 def add_result(path, key, result):
-    """Add a result, a dict, to what the JSON file at `path` has under this key; if it cannot be
-    written, say so and go on, for the numbers are printed, too."""
+    """Add a result, a dict, to what the JSON file at `path` has under this key of the same weights;
+    if it cannot be written, say so and go on."""
     try:
         found = json.loads(path.read_text()) if path.exists() else {}
         if not isinstance(found, dict) or not isinstance(found.get(key, {}), dict):
             raise ValueError("it holds something else")
-        found.setdefault(key, {}).update(result)
+        known = found.setdefault(key, {})
+        if known.get("weights", result["weights"]) != result["weights"]:
+            known.clear()  # of another network that had this name
+        known.update(result)
         sdssl.write_whole(path, lambda new: new.write_text(json.dumps(found, indent=1)))
     except (OSError, ValueError, UserError) as error:
         sdssl.say(f"the numbers are not in {path.name}: {error}")
@@ -284,7 +299,7 @@ class Report:
     key: str  # in knn.json
     picture: str  # its name, for the likeness of the layers
     measures: dict = field(default_factory=dict)  # {name: a number for each layer}
-    settings: dict = field(default_factory=dict)  # {name: a number}
+    settings: dict = field(default_factory=dict)  # {name: value}
     cka: list | None = None  # L x L
 
     def save(self):
@@ -365,7 +380,7 @@ def evaluate(path, network, args, device):
     names = [Path(path).stem, "cka", Path(network.data).name, args.which, args.pool]
     picture = "-".join(name for name in names if name) + ".png"
     report = Report(f"{path} on {network.data}{read}", path, key, picture)
-    report.settings = dict(k=args.k, temperature=args.temperature)
+    report.settings = dict(k=args.k, temperature=args.temperature, weights=network.fingerprint)
     report.measures["cost"] = exit_costs(backbone)
     if args.analysis:
         report.measures |= analyses(extract, network, val_set, device)
@@ -411,6 +426,7 @@ def run(argv=None):
         reports.append(report)
         if path != "random" and sdssl.rank() == 0:
             report.save()  # at once: the next network may be one that fails
+        network.backbone.cpu()
     if sdssl.rank() == 0:
         show(reports)
 

@@ -22,7 +22,6 @@ on from there.
 """
 
 import copy
-import hashlib
 import re
 from functools import partial
 from pathlib import Path
@@ -70,15 +69,6 @@ def average_gradients(parameters):
         parts = (flat / sdssl.world_size()).split([p.numel() for p in parameters])
         for p, part in zip(parameters, parts):
             p.grad.copy_(part.view(p.shape))
-
-
-def fingerprint(module):
-    """A short text that other weights do not have."""
-    digest = hashlib.sha256()
-    for name, weight in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(weight.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 # ---- Images and features ----
@@ -182,6 +172,8 @@ class Training:
         """Load the file; returns its step. Raises UserError if it is not this training's."""
         state = sdssl.load_checkpoint(self.path)
         there = state.get("settings") or {}
+        if there.keys() != self.settings.keys():
+            raise UserError(f"{self.path} is another version's: move it away")
         if there != self.settings:
             ours = sdssl.differences(self.settings, there)
             raise UserError(f"{self.path} was not trained with {ours}: move it away")
@@ -354,7 +346,7 @@ def run(argv=None):
         data=network.data,
         num_heads=args.num_heads,
         step=network.step,
-        weights=fingerprint(network.backbone),
+        weights=network.fingerprint,
         epochs=args.epochs,
         batch_size=args.batch_size,
         lrs=args.lrs,

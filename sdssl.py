@@ -375,8 +375,8 @@ class SDSSL(nn.Module):
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
     BYOL and MoCo v3 need predictors near their optimum, and Eq. 3 alone teaches those of lower
     layers too little (section 3.2). To such a predictor both terms give the same gradient, times
-    alpha / (C - 1) and times beta. AdamW undoes a factor that stays constant, so that Eq. 5 matters
-    only while alpha changes, most at the start, where it is 0: see README.
+    alpha / (C - 1) and times beta. AdamW undoes a factor that stays constant (up to its eps), so
+    that Eq. 5 matters only while alpha changes, most at the start, where it is 0: see README.
 
     backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
         returns a list of representations (B, width), one per layer
@@ -965,18 +965,19 @@ class CentreCrops:
         return TF.pil_to_tensor(image), label
 
 
-def check_shared_memory(size, workers):
-    """Raises UserError if worker processes that read batches of `size` bytes do not fit into
-    /dev/shm, where they hand them over (Docker's has 64 MB): torch would say so in a worker's
-    traceback, and then wait for ever."""
+def check_shared_memory(size, workers, batches=math.inf):
+    """Raises UserError if what worker processes read ahead of so many batches of `size` bytes is
+    more than all of /dev/shm, where they hand it over (Docker's has 64 MB): torch would say so in a
+    worker's traceback, and then wait for ever."""
     if workers == 0 or not Path("/dev/shm").is_dir():
         return
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed = 2 * size * workers * ranks_here / 1e9  # a worker reads two batches ahead
-    free = shutil.disk_usage("/dev/shm").free / 1e9
-    if needed > free:
+    ahead = min(2 * workers, batches)
+    needed = size * ahead * ranks_here / 1e9
+    there = shutil.disk_usage("/dev/shm").total / 1e9
+    if needed > there:
         what = f"{workers} workers need {needed:.2f} GB of shared memory"
-        raise UserError(f"{what}, /dev/shm has {free:.2f}: fewer --workers, or --shm-size")
+        raise UserError(f"{what}, /dev/shm has {there:.2f}: fewer --workers, or --shm-size")
 
 
 # ---- 9. How good is every layer? DINO's weighted k-NN, during training and in eval_knn.py ----
@@ -1010,7 +1011,7 @@ def extract(backbone, dataset, device, workers=0, bf16=False):
     backbone.eval()
     n = len(dataset)
     each = math.ceil(n / world_size())
-    check_shared_memory(min(256, each) * dataset[0][0].nbytes, workers)
+    check_shared_memory(min(256, each) * dataset[0][0].nbytes, workers, math.ceil(each / 256))
     share = [(i * world_size() + rank()) % n for i in range(each)]
     pinned = device.type == "cuda"
     loader = DataLoader(dataset, 256, sampler=share, num_workers=workers, pin_memory=pinned)
@@ -1274,7 +1275,9 @@ def write_whole(path, write):
     """`write` makes a file, which is then renamed to `path`: the old one or the new is always
     there. Raises UserError if it cannot be written, on a full disk, say."""
     new = path.with_name(path.name + ".new")
-    what = f"cannot write {path}, what was there before still is"
+    what = f"cannot write {path}"
+    if path.exists():
+        what += ", what was there before still is"
     with as_user_error(what, OSError, RuntimeError):
         try:
             write(new)
@@ -1333,6 +1336,8 @@ class Run:
         if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
             raise UserError(f"{self.folder} holds {self.CANNOT}")
         there = asdict(Recipe()) | checkpoint["learned"]  # older versions had fewer settings
+        if there != self.learned and checkpoint["step"] == 0:
+            return None  # nothing is lost, and a smaller batch may follow an out of memory
         if there != self.learned:
             other = differences(there, self.learned)
             raise UserError(f"{self.folder} holds a run with {other}: choose another --out")

@@ -1265,7 +1265,7 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
     sdssl.main([*flags, "--out", str(tmp_path / "whole")])
 
     def steps_logged():
-        if not (killed / "last.pt").exists():
+        if not (killed / "log.jsonl").exists():
             return 0
         return (killed / "log.jsonl").read_text().count("\n")
 
@@ -1396,6 +1396,19 @@ def test_a_run_that_is_killed_as_it_begins_goes_on(tmp_path, monkeypatch):
         assert [r | timeless for r in logs[0]] == [r | timeless for r in logs[1]]
 
 
+def test_a_run_that_has_made_no_step_makes_way_for_another(tmp_path, capsys, monkeypatch):
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    flags = [*RUN, "--max-steps", "2", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sdssl.SDSSL, "forward", out_of_memory)
+        assert "--batch-size" in refused(capsys, *flags)
+    sdssl.main([*flags, "--batch-size", "32"])
+    assert saved(tmp_path)["step"] == 2
+    assert "batch_size 32" in refused(capsys, *flags)
+
+
 def test_train_and_val_of_different_classes_are_refused(finished, tmp_path, capsys):
     root, flags, _ = finished
     data = shutil.copytree(root / "data", tmp_path / "data")
@@ -1429,7 +1442,7 @@ def test_a_terminal_of_ascii_gets_tables_and_names_that_it_cannot_show(tmp_path)
 
 
 def test_workers_that_do_not_fit_into_shared_memory_are_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=64e6))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(total=64e6))
     message = refused(capsys, *RUN, "--workers", "8", "--img-size", "224", "--out", tmp_path)
     assert "0.23 GB" in message and "has 0.06" in message and "--shm-size" in message
     small = [*RUN, "--workers", "8", "--max-steps", "1"]
@@ -1870,6 +1883,28 @@ def test_probes_of_other_weights_under_the_same_name_are_refused(mode, trained, 
     before = contents(tmp_path)
     assert "was not trained with weights " in refused(capsys, path, *flags, main=eval_linear.main)
     assert contents(tmp_path) == before
+    [file] = tmp_path.glob("w.pth-*.pt")
+    older = torch.load(file, weights_only=True)
+    del older["settings"]["weights"]
+    torch.save(older, file)
+    assert "is another version's" in refused(capsys, path, *flags, main=eval_linear.main)
+
+
+def test_numbers_of_other_weights_under_the_same_name_are_not_mixed(trained, tmp_path):
+    path = tmp_path / "w.pth"
+    flags = [*ON_CPU, "--data", str(trained), "--num-heads", "4", "--workers", "0"]
+    weights = sdssl.load_backbone(trained / "run/last.pt").state_dict()
+
+    def names(*more):
+        torch.save(weights, path)
+        eval_knn.main([str(path), *flags, *more])
+        [found] = json.loads((tmp_path / "knn.json").read_text()).values()
+        return set(found)
+
+    assert "mAP" in names("--retrieval")
+    assert "mAP" in names()
+    weights["blocks.3.mlp.fc1.weight"][5, 5] += 1e-3
+    assert "mAP" not in names()
 
 
 def test_ranks_must_see_the_same_probes(tmp_path, monkeypatch):
@@ -1938,6 +1973,14 @@ FOREIGN = {  # what a file holds: what the one line must say
         ),
         "unlike sdssl.py's",
     ),
+    "no blocks": (
+        {
+            "cls_token": torch.zeros(1, 1, 8),
+            "pos_embed": torch.zeros(1, 5, 8),
+            "patch_embed.proj.weight": torch.zeros(8, 3, 2, 2),
+        },
+        "no blocks",
+    ),
     "networks": (dict(networks={}), "the whole last.pt"),
 }
 
@@ -1952,10 +1995,17 @@ def test_files_without_a_network_are_one_line(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize("main", [eval_knn.main, eval_linear.main])
 def test_workers_of_an_evaluation_must_fit_into_shared_memory(main, trained, capsys, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1e5))
-    flags = ["--batch-size", "60", "--epochs", "1"] if main == eval_linear.main else []
-    message = refused(capsys, trained / "run/last.pt", *ON_CPU, *flags, main=main)
-    assert "2 workers need 0.00 GB" in message and "--shm-size" in message
+    argv = [trained / "run/last.pt", *ON_CPU]
+    argv += ["--batch-size", "60", "--epochs", "1"] if main == eval_linear.main else []
+    held_out = 20 * 3 * 32 * 32  # bytes of the least that is read: 20 of 200 training images
+    least = held_out if main == eval_linear.main else 100 * 3 * 32 * 32  # all validation images
+    for total in (least - 1, 20 * least):
+        there = argparse.Namespace(total=total)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: there)
+        if total < least:
+            message = refused(capsys, *argv, main=main)
+            assert "2 workers need 0.00 GB" in message and "--shm-size" in message
+    main([str(argument) for argument in argv])  # 200 training images at once do fit
 
 
 def test_the_augmented_batches_of_probes_must_fit_into_shared_memory(trained, capsys, monkeypatch):
@@ -1967,7 +2017,25 @@ def test_the_augmented_batches_of_probes_must_fit_into_shared_memory(trained, ca
     assert (60 * 3 * 32 * 32, 0) in asked  # bytes of its crops
 
 
-def test_a_resnet_is_finetuned_with_one_batchnorm_for_all_ranks(trained, tmp_path, capsys):
+def test_a_resnets_batchnorm_is_synchronised_in_finetuning_on_gpus(monkeypatch):
+    def stop(*args):
+        raise ZeroDivisionError
+
+    backbone = sdssl.ResNet("resnet18", 32)
+    network = argparse.Namespace(backbone=backbone)
+    device = torch.device("cuda")
+    data = argparse.Namespace(
+        args=None, network=network, device=device, extract=stop, train=None, held_out=None
+    )
+    for ranks in (1, 2):
+        monkeypatch.setattr(sdssl, "world_size", lambda: ranks)
+        with pytest.raises(ZeroDivisionError):
+            eval_linear.finetune(data, None, {})
+        kinds = {type(module) for module in backbone.modules() if "BatchNorm" in str(type(module))}
+        assert kinds == {nn.BatchNorm2d if ranks == 1 else nn.SyncBatchNorm}
+
+
+def test_a_resnet_is_not_finetuned_by_several_cpus(trained, tmp_path, capsys):
     flags = ["--preset", "toy", "--arch", "resnet18", "--data", str(trained), "--batch-size", "4"]
     sdssl.main([*RUN, *flags, "--max-steps", "1", "--knn-every", "0", "--out", str(tmp_path)])
     flags = [tmp_path / "last.pt", *ON_CPU, "--finetune", "--batch-size", "60"]
