@@ -365,7 +365,7 @@ def evaluate(path, network, args, device):
     train_set, val_set = open_parts(network.data)
 
     def extract(dataset):
-        bf16 = device.type == "cuda"
+        bf16 = sdssl.has_bfloat16(device.type)
         return sdssl.extract(backbone, dataset, device, args.workers, bf16)
 
     val = extract(sdssl.CentreCrops(val_set, network.size))

@@ -100,7 +100,7 @@ class Data:
         every rank and on the device."""
         crops = sdssl.CentreCrops(source, self.network.size, InterpolationMode.BILINEAR)
         images = Subset(crops, numbers.tolist())
-        bf16 = self.device.type == "cuda"
+        bf16 = sdssl.has_bfloat16(self.device.type)
         backbone = self.network.backbone
         share, y, n = sdssl.extract(backbone, images, self.device, self.args.workers, bf16)
         features = [sdssl.gather_images(x, n).to(self.device) for x in share]
@@ -123,6 +123,7 @@ class Data:
         images = batch_size // sdssl.world_size()
         sdssl.check_shared_memory(3 * self.network.size**2 * images, workers)
         on_gpu = self.device.type == "cuda"
+        bf16 = sdssl.has_bfloat16(self.device.type)
         labels = self.labels.to(self.device)
         loader = DataLoader(dataset, None, sampler=steps, num_workers=workers, pin_memory=on_gpu)
         for step, (crops, numbers, complaints) in zip(steps, loader):
@@ -133,7 +134,7 @@ class Data:
             coins = torch.rand(batch_size, 1, 1, 1, generator=generator)[dataset.ours]
             flipped = coins.to(self.device, non_blocking=True) < 0.5
             x = torch.where(flipped, TF.horizontal_flip(x), x)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 layers = self.network.backbone(sdssl.normalize_pixels(x))
             yield layers, labels[numbers.to(self.device, non_blocking=True)]
 

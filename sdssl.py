@@ -42,6 +42,7 @@ E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) exchanges them.
 import argparse
 import contextlib
 import copy
+import fcntl
 import json
 import math
 import os
@@ -177,7 +178,8 @@ class VisionTransformer(nn.Module):
             # nobody looks at the last block's patches, unless they represent the layer
             cls_only = number == len(self.blocks) and self.pool == "cls"
             if self.recompute:
-                x = torch.utils.checkpoint.checkpoint(block, x, cls_only, use_reentrant=False)
+                options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is random
+                x = torch.utils.checkpoint.checkpoint(block, x, cls_only, **options)
             else:
                 x = block(x, cls_only)
             pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)  # (B, D)
@@ -663,30 +665,30 @@ def augment(x, blur, solarize, generator, part=0, parts=1):
         numbers = torch.rand(parts, len(x), 1, 1, 1, generator=generator)
         return low + (high - low) * numbers[part]  # (B, 1, 1, 1)
 
-    def sometimes(probability, change, x, *strengths):
-        """Change each image with this probability, by its own strengths (B, 1, 1, 1)."""
+    def sometimes(probability, change, *strengths):
+        """Change each image of x with this probability, by its own strengths (B, 1, 1, 1)."""
         coins = uniform(0, 1) < probability
         chosen = coins.flatten().nonzero()[:, 0]  # known on the CPU: no waiting for the device
         if len(chosen) == 0:
-            return x
+            return
         strengths = [s[chosen].to(x.device, non_blocking=True) for s in strengths]
         chosen = chosen.to(x.device, non_blocking=True)
-        x = x.clone()
         x[chosen] = change(x[chosen], *strengths)
-        return x
 
+    x = x.clone()  # which `sometimes` changes
     scale = x.shape[-1] / 224  # the recipe's blur is in pixels of a 224-pixel view
     order = torch.randperm(4, generator=generator).tolist()
     jitter = partial(color_jitter, order=order)
     brightness, contrast = uniform(0.6, 1.4), uniform(0.6, 1.4)
     saturation, hue = uniform(0.8, 1.2), uniform(-0.1, 0.1)
-    x = sometimes(0.8, jitter, x, brightness, contrast, saturation, hue)
-    x = sometimes(0.2, partial(TF.rgb_to_grayscale, num_output_channels=3), x)
+    sometimes(0.8, jitter, brightness, contrast, saturation, hue)
+    sometimes(0.2, partial(TF.rgb_to_grayscale, num_output_channels=3))
     sigma = scale * uniform(0.1, 2.0)
     radius = math.ceil(6 * scale)  # three times the largest sigma
-    x = sometimes(blur, partial(gaussian_blur, radius=radius), x, sigma)
-    x = sometimes(solarize, partial(TF.solarize, threshold=0.5), x)
-    return sometimes(0.5, TF.horizontal_flip, x)
+    sometimes(blur, partial(gaussian_blur, radius=radius), sigma)
+    sometimes(solarize, partial(TF.solarize, threshold=0.5))
+    sometimes(0.5, TF.horizontal_flip)
+    return x
 
 
 def two_views(crops, seed, step):
@@ -1144,7 +1146,7 @@ class Config(Recipe):
     log_every: int = setting(10, "steps between two lines of log.jsonl", low=1)
     workers: int = setting(8, "processes a rank that read images; 0: none but the training's own")
     device: str = setting(DEVICE, "what computes", ("cpu", "cuda"))
-    bf16: bool = setting(False, "bfloat16 autocast; by default on with CUDA")
+    bf16: bool = setting(False, "bfloat16 autocast; by default on with GPUs that have it")
     compile: bool = setting(False, "torch.compile a ViT's blocks")
     recompute: bool = setting(False, "run a ViT's blocks again in backward: less memory, slower")
 
@@ -1162,6 +1164,12 @@ def number(kind, low=0, high=10**9):
         return value
 
     return parse
+
+
+def has_bfloat16(device):
+    """Whether a device, "cpu" or "cuda", is fast in bfloat16: GPUs from Ampere (2020) on are. Older
+    ones emulate it, slowly, and for CPUs it is left to --bf16."""
+    return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1202,7 +1210,7 @@ def parse_config(argv=None):
     config.data = data
     config.preset = preset
     if "bf16" not in given:
-        config.bf16 = config.device == "cuda"
+        config.bf16 = has_bfloat16(config.device)
     if "lr" not in given and preset == "imagenet" and config.framework == "simclr":
         config.lr = 1.3e-4  # the paper's for SimCLR (section 4.1)
     return config
@@ -1286,6 +1294,18 @@ def write_whole(path, write):
             new.unlink(missing_ok=True)
 
 
+def claim(file):
+    """Lock an open file until this process ends, however it ends. Raises UserError if another
+    process has locked it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        what = f"another process is writing {file.name}"
+        raise UserError(f"{what}: stop it, or choose another --out") from None
+    except OSError:
+        pass  # a network file system without locks
+
+
 def say(text):
     """Print, on rank 0 alone, without breaking a progress bar."""
     if rank() == 0:
@@ -1361,7 +1381,9 @@ class Run:
         if rank() > 0:
             return
         with as_user_error(f"argument --out: cannot write into {self.folder}", OSError):
-            self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
+            self.file = open(self.folder / "log.jsonl", "a", buffering=1)  # written line by line
+            claim(self.file)  # two processes would overwrite each other's files
+            self.file.truncate(0)
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             crops = dataset[0][0][:, :12]
@@ -1435,6 +1457,7 @@ def set_up(device):
             what = f"{devices} CUDA devices here, rank {local_rank} has none"
             raise UserError(f"--device cuda: {what}")
         torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32
         torch.backends.cuda.enable_cudnn_sdp(False)  # fails in some releases (pytorch 138529)
     if "RANK" in os.environ:
         # by name, because torch 2.6 and newer would take NCCL alone, which knows no CPU tensors

@@ -4,6 +4,8 @@ torchvision, another process. The parts follow those of sdssl.py."""
 
 import argparse
 import contextlib
+import errno
+import fcntl
 import inspect
 import itertools
 import json
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: threads of networks this small only wait
 
@@ -537,7 +540,7 @@ def test_a_step_in_bf16_and_on_a_gpu_is_the_cpus_in_float32(
     framework, device, precision, monkeypatch
 ):
     def step(device, precision):
-        model = tiny(framework).to(device)
+        model = tiny(framework).to(sdssl.set_up(device))
         x1, x2 = two_views(24).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=precision == torch.bfloat16):
             loss = model(x1, x2, 0.5)["loss"]
@@ -1043,13 +1046,24 @@ def test_a_table_shows_what_is_missing_and_what_is_no_number():
         ("--m0 0.5", dict(preset="toy", arch="vit_toy", m0=0.5)),
         ("--data /x --preset toy --arch vit_tiny", dict(preset="toy", arch="vit_tiny", lr=6e-3)),
         ("--device cpu", dict(bf16=False)),
-        ("--device cuda", dict(bf16=True)),
-        ("--device cuda --no-bf16", dict(bf16=False)),
+        ("--device cpu --bf16", dict(bf16=True)),
     ],
 )
 def test_default_then_preset_then_flag(flags, expected):
     config = vars(sdssl.parse_config(flags.split()))
     assert expected.items() <= config.items()
+
+
+@pytest.mark.parametrize("major, has_it", [(7, False), (8, True), (9, True)])  # Ampere is 8
+def test_bfloat16_is_the_default_on_gpus_that_have_it(major, has_it, monkeypatch):
+    properties = SimpleNamespace(major=major, minor=0)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert sdssl.parse_config(["--device", "cuda"]).bf16 == has_it
+    assert not sdssl.parse_config(["--device", "cuda", "--no-bf16"]).bf16
+    assert sdssl.parse_config(["--device", "cuda", "--bf16"]).bf16
 
 
 def test_every_setting_is_read_and_in_the_help(capsys):
@@ -1258,7 +1272,15 @@ def test_ranks_talk_by_gloo_on_the_cpu_and_by_nccl_on_gpus(device, backends, mon
     assert given == [(backends,)]
 
 
-def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
+def test_gpus_compute_products_in_float32_whatever_the_container_asks_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
+    sdssl.set_up("cuda")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path, capsys):
     killed = tmp_path / "killed"
     flags = [*RUN, "--framework", "byol", "--save-every", "3", "--max-steps", "60"]
     flags += ["--workers", "1", "--epochs", "2"]
@@ -1276,6 +1298,11 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
         while steps_logged() <= steps + 6:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        before = contents(killed)
+        assert "another process" in refused(capsys, *flags, "--out", killed)
+        assert contents(killed) == before
+        process.send_signal(signal.SIGCONT)
         process.send_signal(kill)
         process.communicate(timeout=60)
         assert process.returncode == -kill
@@ -1292,6 +1319,15 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path):
     whole_log = [record | timeless for record in log_of(tmp_path / "whole")]
     assert whole_log == [record | timeless for record in log_of(killed)]
     assert [record["step"] for record in whole_log] == list(range(1, 61))
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    sdssl.main([*RUN, "--max-steps", "1", "--out", str(tmp_path)])
+    assert saved(tmp_path)["step"] == 1
 
 
 def test_what_cannot_be_written_whole_leaves_the_old_file_and_nothing_else(tmp_path):
