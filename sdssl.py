@@ -3,17 +3,17 @@
 
 A vision transformer learns without labels, by SimCLR, BYOL or MoCo v3: what its last layer says
 about one view of an image should match a target that was made from another view. SDSSL lets every
-lower layer learn from that same target. Layer l gets a projector and a predictor of its own,
-
-    h_l = projector_l(layer l)    and    q_l = predictor_l(h_l),
-
-and the target z_L is the last layer's projection by a momentum teacher. L_ssl is the framework's
-own loss, between one view's q and the other view's z, both ways; sg stops the gradient. Then the
-whole idea is one equation, Eq. 6 of the paper:
+lower layer learn from that same target. The whole idea is one equation, Eq. 6 of the paper:
 
     loss = L_ssl(q_L, z_L)                                     the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
          + beta * sum_l L_ssl(predictor_l(sg(h_l)), sg(z_L))   trains predictors only, Eq. 5
+
+    h_l     layer l's projection, by a projector of its own
+    q_l     predictor_l(h_l), layer l's prediction of the target
+    z_L     the target, the last layer's projection by a momentum teacher
+    L_ssl   the framework's loss, between one view's q and the other view's z, both ways
+    sg      stops the gradient
 
 The first two terms train the backbone and its heads. The paper takes a mean over the lower layers
 in Eq. 3, and a sum over all layers, the last one included, in Eq. 5. SimCLR has neither teacher nor
@@ -21,7 +21,8 @@ predictors: z_L is h_L, q_l is h_l, Eq. 5 has nothing to train, and what remains
 
     loss = L_ssl(h_L, h_L) + alpha * mean_{l<L} L_ssl(h_l, sg(h_L))
 
-Only here does sg(z_L) matter, for a momentum teacher has no gradient anyway.
+Here, too, a view's h meets the other view's. Only here does sg(z_L) matter, for a momentum teacher
+has no gradient anyway.
 
     python sdssl.py                                                # SD-SimCLR on drawn glyphs
     python sdssl.py --framework byol --no-distill                  # plain BYOL
@@ -88,9 +89,9 @@ def sincos_2d(dim, height, width):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v in every head: q (B, heads, M, d), k and v (B, heads, N, d)."""
+    # the fused kernel, but for training on a CPU, where its backward is slower than plain products
     if q.is_cuda or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v)
-    # the same, written out: on a CPU the fused kernel's backward is slow
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
 
 
@@ -100,6 +101,7 @@ class Block(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
+        # attn and mlp are containers, which give their parameters timm's names
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -129,8 +131,8 @@ class VisionTransformer(nn.Module):
     "patches" takes the mean of all other tokens. Either goes through the final LayerNorm, which all
     layers share.
 
-    Raises ValueError if the patches do not tile the image, or if the width is not divisible by the
-    number of heads and by 4."""
+    Raises ValueError if the patches do not tile the image, if the width is not divisible by the
+    number of heads and by 4, or for another pool."""
 
     def __init__(
         self, img_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=12, pool="cls"
@@ -189,9 +191,10 @@ class VisionTransformer(nn.Module):
 
 # ---- 2. Ranks: the processes that train together, each on its part of the batch ----
 #
-# R ranks have equally many images each, and J_s, rank s's loss, is the mean over its own. The loss
-# of the joined batch is J = (J_1 + ... + J_R) / R. Heads and losses see the images of all ranks, so
-# what rank r computes, x_r, appears in the loss of every rank:
+# R ranks have equally many images each. J_s, the loss that rank s computes, is the mean over the
+# images of rank s, and the loss of the joined batch is J = (J_1 + ... + J_R) / R. But heads and
+# losses see the images of all ranks. So x_r, whatever rank r computes from its own images, is part
+# of the loss of every rank, r included:
 #
 #     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R
 #
@@ -225,8 +228,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        # (ranks, ...): how this rank's loss changes with what each rank has given
         grad = grad.contiguous().clone()  # all_reduce writes into it
-        dist.all_reduce(grad)
+        dist.all_reduce(grad)  # now: how the sum of all ranks' losses does
         return grad[rank()]
 
 
@@ -259,9 +263,9 @@ def standardise(x):
 class Heads(nn.Module):
     """Several MLPs of the same shape, each with weights of its own, computed side by side:
     (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer's
-    representations of both views. A copy is the module below in training mode, applied to one view
-    after the other, so that they do not share BatchNorm's statistics. Running statistics are not
-    kept, for no head is ever evaluated.
+    representations of both views. No head is ever evaluated, so that BatchNorm's running statistics
+    are not kept. Copy k does what this module does in training mode, if it is called once for each
+    view, which gives each view BatchNorm statistics of its own:
 
         nn.Sequential(
             nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(),
@@ -283,7 +287,9 @@ class Heads(nn.Module):
         self.shifts = nn.ParameterList(torch.zeros(copies, width, 1, 1) for width in hidden)
 
     def forward(self, x):
-        x = x.permute(0, 3, 1, 2)  # (copies, widths[0], 2, B): standardise wants the images last
+        # (copies, widths[0], 2, B): images last, as `standardise` wants them, and features before
+        # them, for the product with a weight (out, in)
+        x = x.permute(0, 3, 1, 2)
         *hidden, last = self.weights
         for weight, scale, shift in zip(hidden, self.scales, self.shifts):
             x = self.linear(weight, x)
@@ -298,12 +304,12 @@ class Heads(nn.Module):
         return (weight @ x.flatten(2)).unflatten(2, (2, -1))  # (copies, out, 2, B)
 
 
-# ---- 4. Losses: pure functions of tensors ----
+# ---- 4. Losses: functions of tensors, which all ranks call together ----
 #
-# All three take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the same B images. An
-# anchor should match its own image's key in the other view. Losses of view 1's anchors and of view
-# 2's are summed, as in Algorithm 1. The result has one value for each leading index (...), here:
-# layers.
+# byol_loss, ctr and nt_xent take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the
+# same B images. An anchor should match its own image's key in the other view. Losses of view 1's
+# anchors and of view 2's are summed, as in Algorithm 1. The result has one value for each leading
+# index (...), here: layers.
 
 
 def all_ranks(z):
@@ -322,7 +328,8 @@ def similarity(q, keys, tau):
 
 
 def positives(logits):
-    """Each anchor's logit with the key of its own image: (..., B) of logits (..., B, ranks * B)."""
+    """Each anchor's logit with the key of its own image: (..., B) of logits (..., B, ranks * B).
+    Rank r's own images are columns r * B to r * B + B - 1."""
     return logits.diagonal(offset=rank() * logits.shape[-2], dim1=-2, dim2=-1)
 
 
@@ -333,18 +340,19 @@ def byol_loss(q, z):
 
 
 def ctr(q, z, tau=0.2):
-    """MoCo v3's contrastive loss: Eq. 2 times 2 tau, as in Algorithm 1. Eq. 2 is the cross entropy
-    of cos(q, z) / tau, where the right class is the anchor's own image; mean over images. Negatives
-    are the other view's keys of all other images, on all ranks."""
+    """MoCo v3's contrastive loss, Eq. 2: the cross entropy of cos(q, z) / tau, where the right
+    class is the anchor's own image; mean over images, times 2 tau, as in Algorithm 1. Negatives are
+    the other view's keys of all other images, on all ranks."""
     logits = similarity(q, all_ranks(z.flip(0)), tau)  # (..., 2, B, ranks * B)
     cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
     return (2 * tau * cross_entropy.mean(-1)).sum(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss: as `ctr` (with the same factor, though SimCLR has none; AdamW undoes it), but
-    with more negatives: an anchor also meets the keys of its own view. Among those its own image's
-    key is masked: in plain SimCLR, which is nt_xent(z, z), it is the anchor itself."""
+    """SimCLR's loss: as `ctr`, but with more negatives, for an anchor also meets the keys of its
+    own view. Among those its own image's key is masked. In plain SimCLR, nt_xent(z, z), it is the
+    anchor itself; for a lower layer's anchor it is no other image, which a negative must be. SimCLR
+    has no factor 2 tau, but that is a constant, which AdamW undoes."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
     within = similarity(q, keys, tau)  # with those of the anchor's own view
@@ -376,9 +384,12 @@ class SDSSL(nn.Module):
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
     BYOL and MoCo v3 need predictors near their optimum, and Eq. 3 alone teaches those of lower
-    layers too little (section 3.2). To such a predictor both terms give the same gradient, times
-    alpha / (C - 1) and times beta. AdamW undoes a factor that stays constant (up to its eps), so
-    that Eq. 5 matters only while alpha changes, most at the start, where it is 0: see README.
+    layers too little (section 3.2).
+
+    What we add to the paper: a lower predictor gets the same gradient from Eq. 3, times
+    alpha / (C - 1), and from Eq. 5, times beta. AdamW undoes a factor that stays constant (up to
+    its eps). So Eq. 5 matters only while alpha changes, and most at the start, where alpha is 0.
+    README has the argument under "What Eq. 5 can do under AdamW".
 
     backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
         returns a list of representations (B, width), one per layer
@@ -411,7 +422,8 @@ class SDSSL(nn.Module):
         # with BatchNorm, as in a ResNet, `represent` keeps the views apart
         self.batch_norm = any(isinstance(module, batch_norms) for module in backbone.modules())
         if distill:
-            self.with_heads = list(range((L - 1) % every, L, every))  # every=4 of 12: 3, 7, 11
+            # indices: with every=4 of 12 layers 3, 7 and 11
+            self.with_heads = list(range((L - 1) % every, L, every))
         else:
             self.with_heads = [L - 1]
         # the plain framework first: distilled or not, it starts from the same random numbers
@@ -441,7 +453,7 @@ class SDSSL(nn.Module):
         view1, view2 = x.chunk(2)  # a ResNet's BatchNorm must not mix the views
         return [torch.cat(pair) for pair in zip(backbone(view1), backbone(view2))]
 
-    def through(self, mid_heads, last_head, x):
+    def apply_heads(self, mid_heads, last_head, x):
         """x (C, 2, B, ...): the last layer through its own head, those below it through theirs."""
         if not self.distill:
             return last_head(x)
@@ -456,13 +468,13 @@ class SDSSL(nn.Module):
             raise ValueError(f"a backbone of widths {self.backbone.widths} returns {widths}")
         chosen = [F.pad(layers[i], (0, widths[-1] - widths[i])) for i in self.with_heads]
         x = torch.stack(chosen).unflatten(1, (2, -1))  # (C, 2, B, D)
-        return self.through(self.mid_projectors, self.projector, x)
+        return self.apply_heads(self.mid_projectors, self.projector, x)
 
     def predict(self, h):
         """h (C, 2, B, E) -> q (C, 2, B, E), by a predictor for each layer; with SimCLR q is h."""
         if self.framework == "simclr":
             return h
-        return self.through(self.mid_predictors, self.predictor, h)
+        return self.apply_heads(self.mid_predictors, self.predictor, h)
 
     @torch.no_grad()
     def target(self, x):
@@ -500,7 +512,7 @@ class SDSSL(nn.Module):
             # sg(z): in SimCLR z is h[-1], which must not follow the lower layers
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
         if self.distill and self.framework != "simclr":
-            # sg(h): the same values as above, but this gradient reaches the predictors alone
+            # sg(h): the values of q again, but of a graph that ends at the predictors
             loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
@@ -542,8 +554,8 @@ def learning_rate(step, total, warmup, peak):
 
 
 def schedules(config, step, total):
-    """Learning rate, alpha and teacher's momentum at a step, 0 to total - 1, of the whole run.
-    config: see Recipe in part 10."""
+    """Learning rate, alpha and the teacher's momentum at `step`, which counts from 0 to total - 1.
+    Of config (Recipe in part 10) it reads lr, batch_size, warmup, alpha, anneal and m0."""
     peak = config.lr * config.batch_size / 256
     lr = learning_rate(step, total, config.warmup * total, peak)
     # section 4.5: the last layer is worth following only once it has learned something itself
@@ -569,8 +581,9 @@ def parameter_groups(model, weight_decay):
 
 
 def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
-    """Algorithm 1's loop on one pair of views (B, 3, H, W); returns SDSSL's dict. model:
-    SDSSL, or DistributedDataParallel around it. bf16: forward under bfloat16's autocast."""
+    """One turn of Algorithm 1's loop, on a pair of views (B, 3, H, W); returns SDSSL's dict. model:
+    SDSSL (or DoGo, part 13), or DistributedDataParallel around it. bf16: forward under bfloat16's
+    autocast."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     with torch.autocast(x1.device.type, torch.bfloat16, enabled=bf16):
@@ -876,7 +889,8 @@ def shuffled(n, *key):
 @dataclass
 class TrainingCrops:
     """The training set, indexed by the step and not by the image: dataset[step] is this rank's part
-    of the step's whole batch, already cropped. Whoever reads it, in whatever order, gets the same.
+    of the step's whole batch, already cropped. It depends on the step alone, so that workers may
+    read in any order.
 
     Returns uint8 crops (crops, B, 3, size, size), the images' indices in `source` (B,), and
     complaints about unreadable images, a list of str; other images stand in for those. Raises
@@ -968,9 +982,9 @@ class CentreCrops:
 
 
 def check_shared_memory(size, workers, batches=math.inf):
-    """Raises UserError if what worker processes read ahead of so many batches of `size` bytes is
-    more than all of /dev/shm, where they hand it over (Docker's has 64 MB): torch would say so in a
-    worker's traceback, and then wait for ever."""
+    """Worker processes hand their batches, of `size` bytes, over in /dev/shm, two a worker ahead of
+    time; `batches`: how many there are at all. Raises UserError if they are larger than all of it
+    (Docker's has 64 MB): torch would say so in a worker's traceback, and then wait for ever."""
     if workers == 0 or not Path("/dev/shm").is_dir():
         return
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1008,8 +1022,9 @@ def extract(backbone, dataset, device, workers=0, bf16=False):
     Returns (features, labels, n): every layer's representations, L x (M, D_l), on the CPU in
     float16 (twelve layers of ImageNet must fit into memory), and the classes (M,).
 
-    Ranks take turns: each has M of the n images, a few of them twice if n is not a multiple of the
-    ranks. gather_images puts them together."""
+    Ranks take turns: each has M of the n images. With 5 images rank 0 of 2 has 0, 2 and 4, rank 1
+    has 1, 3 and 0 once more, so that M is 3 on both; gather_images puts them together. The backbone
+    is left in eval mode."""
     backbone.eval()
     n = len(dataset)
     each = math.ceil(n / world_size())
@@ -1135,7 +1150,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @dataclass
 class Config(Recipe):
     """All settings: a Recipe's, and those below, which say where and how it runs. A run may go on
-    with other values of the latter."""
+    with other values of those below, if the images stay the same."""
 
     data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
     out: str = setting("", "run folder; by default runs/ and a name of data, framework and seed")
@@ -1348,7 +1363,8 @@ class Run:
         """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
         with as_user_error("argument --out", OSError):
             names = set(os.listdir(self.folder)) if self.folder.exists() else set()
-        if not names - {"last.pt.new"}:  # which a run leaves that is killed as it begins
+        names.discard("last.pt.new")  # a run that is killed as it begins leaves it
+        if not names:
             return None
         if "last.pt" not in names:
             raise UserError(f"{self.folder} is not empty, and has no last.pt: choose another --out")
@@ -1356,9 +1372,9 @@ class Run:
         if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
             raise UserError(f"{self.folder} holds {self.CANNOT}")
         there = asdict(Recipe()) | checkpoint["learned"]  # older versions had fewer settings
-        if there != self.learned and checkpoint["step"] == 0:
-            return None  # nothing is lost, and a smaller batch may follow an out of memory
         if there != self.learned:
+            if checkpoint["step"] == 0:
+                return None  # nothing is lost, and a smaller batch may follow an out of memory
             other = differences(there, self.learned)
             raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
         return checkpoint
@@ -1639,8 +1655,7 @@ def run_or_explain(program, run):
 
 
 def main(argv=None):
-    """python sdssl.py, torchrun sdssl.py; in a notebook main([]), or main(["--framework",
-    "byol"])."""
+    """python sdssl.py, or torchrun sdssl.py. In a notebook: main(["--framework", "byol"])."""
     run_or_explain("sdssl.py", lambda: train(parse_config(argv)))
 
 
@@ -1679,8 +1694,9 @@ def mutual_kl(h, peer_h, tau=0.1):
     view 2 of all images, on all ranks. h: own projections (2, B, E); peer_h: the peer's (2, B,
     E')."""
 
-    def rows(h):
-        return similarity(h[0], all_ranks(h[1]), tau).log_softmax(-1)
+    def rows(projections):
+        view1, view2 = projections
+        return similarity(view1, all_ranks(view2), tau).log_softmax(-1)
 
     return F.kl_div(rows(h), rows(peer_h).detach(), log_target=True, reduction="batchmean")
 
