@@ -89,7 +89,7 @@ def sincos_2d(dim, height, width):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v in every head: q (B, heads, M, d), k and v (B, heads, N, d)."""
-    # the fused kernel, but for training on a CPU, where its backward is slower than plain products
+    # the fused kernel, except when training on a CPU, where its backward is slow
     if q.is_cuda or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
@@ -351,8 +351,8 @@ def ctr(q, z, tau=0.2):
 def nt_xent(q, z, tau=0.2):
     """SimCLR's loss: as `ctr`, but with more negatives, for an anchor also meets the keys of its
     own view. Among those its own image's key is masked. In plain SimCLR, nt_xent(z, z), it is the
-    anchor itself; for a lower layer's anchor it is no other image, which a negative must be. SimCLR
-    has no factor 2 tau, but that is a constant, which AdamW undoes."""
+    anchor itself; for a lower layer's anchor it is the last layer's view of the same image, no
+    negative either. SimCLR has no factor 2 tau, but that is a constant, which AdamW undoes."""
     keys = all_ranks(z)  # (2, ranks * B, E)
     across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
     within = similarity(q, keys, tau)  # with those of the anchor's own view
@@ -1310,8 +1310,8 @@ def write_whole(path, write):
 
 
 def claim(file):
-    """Lock an open file until this process ends, however it ends. Raises UserError if another
-    process has locked it."""
+    """Lock an open file against other processes, until this one ends, or closes the file through
+    any handle. Raises UserError if another process has locked it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -1398,7 +1398,7 @@ class Run:
             return
         with as_user_error(f"argument --out: cannot write into {self.folder}", OSError):
             self.file = open(self.folder / "log.jsonl", "a", buffering=1)  # written line by line
-            claim(self.file)  # two processes would overwrite each other's files
+            claim(self.file)  # two processes that train would overwrite each other's files
             self.file.truncate(0)
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
