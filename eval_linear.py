@@ -82,6 +82,7 @@ class Data:
         self.network = network
         self.args = args
         self.device = device
+        self.bf16 = sdssl.has_bfloat16(device.type)
         self.train, self.val = eval_knn.open_parts(network.data)
         self.labels = eval_knn.labels_of(self.train)
         self.num_classes = 1 + int(self.labels.max())
@@ -100,9 +101,8 @@ class Data:
         every rank and on the device."""
         crops = sdssl.CentreCrops(source, self.network.size, InterpolationMode.BILINEAR)
         images = Subset(crops, numbers.tolist())
-        bf16 = sdssl.has_bfloat16(self.device.type)
         backbone = self.network.backbone
-        share, y, n = sdssl.extract(backbone, images, self.device, self.args.workers, bf16)
+        share, y, n = sdssl.extract(backbone, images, self.device, self.args.workers, self.bf16)
         features = [sdssl.gather_images(x, n).to(self.device) for x in share]
         return features, sdssl.gather_images(y, n).to(self.device)
 
@@ -123,7 +123,6 @@ class Data:
         images = batch_size // sdssl.world_size()
         sdssl.check_shared_memory(3 * self.network.size**2 * images, workers)
         on_gpu = self.device.type == "cuda"
-        bf16 = sdssl.has_bfloat16(self.device.type)
         labels = self.labels.to(self.device)
         loader = DataLoader(dataset, None, sampler=steps, num_workers=workers, pin_memory=on_gpu)
         for step, (crops, numbers, complaints) in zip(steps, loader):
@@ -134,7 +133,7 @@ class Data:
             coins = torch.rand(batch_size, 1, 1, 1, generator=generator)[dataset.ours]
             flipped = coins.to(self.device, non_blocking=True) < 0.5
             x = torch.where(flipped, TF.horizontal_flip(x), x)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 layers = self.network.backbone(sdssl.normalize_pixels(x))
             yield layers, labels[numbers.to(self.device, non_blocking=True)]
 

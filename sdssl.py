@@ -43,6 +43,7 @@ E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) exchanges them.
 import argparse
 import contextlib
 import copy
+import errno
 import fcntl
 import json
 import math
@@ -263,8 +264,8 @@ def standardise(x):
 class Heads(nn.Module):
     """Several MLPs of the same shape, each with weights of its own, computed side by side:
     (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer's
-    representations of both views. No head is ever evaluated, so that BatchNorm's running statistics
-    are not kept. Copy k does what this module does in training mode, if it is called once for each
+    representations of both views. No head is ever evaluated, so BatchNorm's running statistics are
+    not kept. Copy k does what the module below does in training mode, if it is called once for each
     view, which gives each view BatchNorm statistics of its own:
 
         nn.Sequential(
@@ -983,8 +984,9 @@ class CentreCrops:
 
 def check_shared_memory(size, workers, batches=math.inf):
     """Worker processes hand their batches, of `size` bytes, over in /dev/shm, two a worker ahead of
-    time; `batches`: how many there are at all. Raises UserError if they are larger than all of it
-    (Docker's has 64 MB): torch would say so in a worker's traceback, and then wait for ever."""
+    time, and `batches` at most. Raises UserError if what all ranks of this machine have waiting is
+    more than it holds (Docker's has 64 MB): torch would say so in a worker's traceback, and then
+    wait for ever."""
     if workers == 0 or not Path("/dev/shm").is_dir():
         return
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1182,8 +1184,8 @@ def number(kind, low=0, high=10**9):
 
 
 def has_bfloat16(device):
-    """Whether a device, "cpu" or "cuda", is fast in bfloat16: GPUs from Ampere (2020) on are. Older
-    ones emulate it, slowly, and for CPUs it is left to --bf16."""
+    """Whether a device, "cpu" or "cuda", is fast in bfloat16: GPUs from Ampere on are. Older ones
+    emulate it, slowly (pytorch 148322), and for CPUs it is left to --bf16."""
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -1309,18 +1311,6 @@ def write_whole(path, write):
             new.unlink(missing_ok=True)
 
 
-def claim(file):
-    """Lock an open file against other processes, until this one ends, or closes the file through
-    any handle. Raises UserError if another process has locked it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        what = f"another process is writing {file.name}"
-        raise UserError(f"{what}: stop it, or choose another --out") from None
-    except OSError:
-        pass  # a network file system without locks
-
-
 def say(text):
     """Print, on rank 0 alone, without breaking a progress bar."""
     if rank() == 0:
@@ -1341,9 +1331,9 @@ def differences(settings, others):
 
 class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
-    record a line) and last.pt (the checkpoint). Rank 0 writes. `learned` tells this run from
-    others: the settings of Recipe, and the images. A folder that holds another run, or anything
-    else, is refused with a UserError and left as it is."""
+    record a line), last.pt (the checkpoint) and lock (empty, see `claim`). Rank 0 writes. `learned`
+    tells this run from others: the settings of Recipe, and the images. A folder that holds another
+    run, or anything else, is refused with a UserError and left as it is."""
 
     CANNOT = "a checkpoint that this version cannot continue: choose another --out"
 
@@ -1358,16 +1348,18 @@ class Run:
         self.records = []
         self.complaints = set()
         self.file = None  # log.jsonl, on rank 0
+        self.lock = None  # the file `lock`, likewise
 
     def find_checkpoint(self):
         """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
         with as_user_error("argument --out", OSError):
             names = set(os.listdir(self.folder)) if self.folder.exists() else set()
-        names.discard("last.pt.new")  # a run that is killed as it begins leaves it
-        if not names:
-            return None
-        if "last.pt" not in names:
+        names -= {"lock", "last.pt.new"}  # which a run leaves that is killed as it begins
+        if names and "last.pt" not in names:
             raise UserError(f"{self.folder} is not empty, and has no last.pt: choose another --out")
+        self.claim()
+        if not (self.folder / "last.pt").exists():
+            return None
         checkpoint = load_checkpoint(self.folder / "last.pt")
         if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
             raise UserError(f"{self.folder} holds {self.CANNOT}")
@@ -1378,6 +1370,21 @@ class Run:
             other = differences(there, self.learned)
             raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
         return checkpoint
+
+    def claim(self):
+        """Keep other processes out of the folder while this one runs, for they would overwrite each
+        other's files. Raises UserError if one is there already."""
+        if rank() > 0:
+            return
+        with as_user_error("argument --out", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network file systems have no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                what = f"another process is at work in {self.folder}"
+                raise UserError(f"{what}: stop it, or choose another --out") from None
 
     def resume(self, model, optimizer):
         """Load the checkpoint, if there is one; returns the number of steps that are done."""
@@ -1397,9 +1404,7 @@ class Run:
         if rank() > 0:
             return
         with as_user_error(f"argument --out: cannot write into {self.folder}", OSError):
-            self.file = open(self.folder / "log.jsonl", "a", buffering=1)  # written line by line
-            claim(self.file)  # two processes that train would overwrite each other's files
-            self.file.truncate(0)
+            self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
             self.file.write(self.log_text())
             (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
             crops = dataset[0][0][:, :12]
@@ -1443,8 +1448,6 @@ class Run:
         """Write the checkpoint: what it takes to resume; and for other uses, networks by name."""
         if rank() > 0:
             return
-        with as_user_error("argument --out", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
         networks = {}
         for name, backbone in model.networks.items():
             networks[name] = dict(architecture=backbone.architecture, weights=backbone.state_dict())

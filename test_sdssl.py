@@ -1321,6 +1321,28 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(tmp_path, c
     assert [record["step"] for record in whole_log] == list(range(1, 61))
 
 
+@pytest.mark.parametrize("step", [None, 0, 1])
+def test_a_second_process_is_refused_whatever_the_first_has_saved(step, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if step is not None:
+        sdssl.main([*RUN, "--max-steps", "1", "--out", str(folder)])
+        torch.save(saved(folder) | dict(step=step), folder / "last.pt")
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+    hold += "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, folder / "lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        first.stdout.readline()
+        before = contents(folder)
+        for other in ([], ["--tau", "0.3"]):
+            flags = [*RUN, *other, "--max-steps", "2", "--out", folder]
+            assert "another process" in refused(capsys, *flags)
+            assert contents(folder) == before
+        first.stdin.close()
+    sdssl.main([*RUN, "--max-steps", "2", "--out", str(folder)])
+    assert saved(folder)["step"] == 2
+
+
 def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "no locks available")
