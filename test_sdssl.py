@@ -1541,9 +1541,12 @@ def test_an_older_checkpoint_without_newer_settings_goes_on(finished, tmp_path, 
 
 def test_ranks_must_see_the_same_checkpoint(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sdssl, "gather", lambda x: torch.stack([x, x + 1]))
-    message = refused(capsys, *RUN, "--out", tmp_path / "new")
+    message = refused(capsys, *RUN, "--out", tmp_path)
     assert "must lie where all nodes see it" in message
-    assert not (tmp_path / "new").exists()
+    assert os.listdir(tmp_path) == ["lock"]
+    monkeypatch.undo()
+    sdssl.main([*RUN, "--max-steps", "1", "--out", str(tmp_path)])  # the folder is as good as new
+    assert saved(tmp_path)["step"] == 1
 
 
 def test_a_loss_that_is_not_finite_leaves_the_checkpoint_from_before(tmp_path, capsys, monkeypatch):
