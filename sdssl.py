@@ -1333,7 +1333,7 @@ class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
     record a line), last.pt (the checkpoint) and lock (empty, see `claim`). Rank 0 writes. `learned`
     tells this run from others: the settings of Recipe, and the images. A folder that holds another
-    run, or anything else, is refused with a UserError and left as it is."""
+    run, or anything else, is refused with a UserError and left as it is, but for an empty lock."""
 
     CANNOT = "a checkpoint that this version cannot continue: choose another --out"
 
@@ -1358,7 +1358,7 @@ class Run:
         if names and "last.pt" not in names:
             raise UserError(f"{self.folder} is not empty, and has no last.pt: choose another --out")
         self.claim()
-        if not (self.folder / "last.pt").exists():
+        if not os.path.lexists(self.folder / "last.pt"):  # a link may lead to a disk that is away
             return None
         checkpoint = load_checkpoint(self.folder / "last.pt")
         if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
@@ -1385,6 +1385,12 @@ class Run:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 what = f"another process is at work in {self.folder}"
                 raise UserError(f"{what}: stop it, or choose another --out") from None
+
+    def close(self):
+        """Leave the folder to other processes. In a notebook this one may live on for days."""
+        for file in (self.file, self.lock):
+            if file:
+                file.close()
 
     def resume(self, model, optimizer):
         """Load the checkpoint, if there is one; returns the number of steps that are done."""
@@ -1538,9 +1544,9 @@ def prepare(model, config):
         return model
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
-    # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises, and keeps statistics
-    # of, its own images. Only in this case do ranks change more of the result than its rounding.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises its own images, and rank
+    # 0's statistics are kept. Only in this case do ranks change more than a result's rounding.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def read_ahead(dataset, steps, config):
@@ -1581,10 +1587,15 @@ def train(config):
     """One run, from the first image to the last checkpoint, or on from the checkpoint there is."""
     device = set_up(config.device)
     dataset = training_crops(config)
+    with contextlib.closing(Run(config, len(dataset.source))) as run:
+        train_in(run, config, dataset, device)
+
+
+def train_in(run, config, dataset, device):
+    """What `train` does, in the run's folder."""
     parts = labelled_parts(config)
     model = build_model(config).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
-    run = Run(config, len(dataset.source))
     first = run.resume(model, optimizer)
     total = config.epochs * dataset.steps_per_epoch
     last = min(total, config.max_steps or total)

@@ -1168,7 +1168,10 @@ CASES = list(itertools.product(sdssl.FRAMEWORKS, ("distilled", "plain"))) + [("m
 
 def torchrun(ranks, *command):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    subprocess.run([*launcher, f"--nproc_per_node={ranks}", *map(str, command)], check=True)
+    launcher.append(f"--nproc_per_node={ranks}")
+    # what torch will take away soon is an error, if it is sdssl.py that asks for it
+    strict = os.environ | dict(PYTHONWARNINGS="error::FutureWarning:sdssl")
+    subprocess.run([*launcher, *map(str, command)], check=True, env=strict)
 
 
 def log_of(folder):
@@ -1343,6 +1346,18 @@ def test_a_second_process_is_refused_whatever_the_first_has_saved(step, tmp_path
     assert saved(folder)["step"] == 2
 
 
+def test_a_stopped_run_leaves_its_folder_to_other_processes(tmp_path, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sdssl, "train_step", stop)
+    with pytest.raises(SystemExit) as traceback:  # kept, as a notebook keeps it
+        sdssl.main([*RUN, "--out", str(tmp_path)])
+    take = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", take, tmp_path / "lock"], check=True)
+    assert traceback.value.code == 130
+
+
 def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
     def no_locks(*args):
         raise OSError(errno.ENOLCK, "no locks available")
@@ -1432,6 +1447,21 @@ def test_a_folder_without_a_checkpoint_is_refused_and_left_alone(names, tmp_path
     before = contents(tmp_path)
     assert "no last.pt: choose another --out" in refused(capsys, *RUN, "--out", tmp_path)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("owner", ["another tool", "a disk that is away"])
+def test_a_checkpoint_that_is_no_runs_is_left_alone(owner, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if owner == "another tool":
+        torch.save(dict(epoch=3, model={}), folder / "last.pt")
+    else:
+        (folder / "last.pt").symlink_to(tmp_path / "disk/last.pt")
+    before = (folder / "last.pt").lstat()
+    assert "checkpoint" in refused(capsys, *RUN, "--out", folder)
+    after = (folder / "last.pt").lstat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert set(os.listdir(folder)) == {"last.pt", "lock"}
 
 
 def test_a_run_that_is_killed_as_it_begins_goes_on(tmp_path, monkeypatch):
