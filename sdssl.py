@@ -1351,7 +1351,8 @@ class Run:
         self.lock = None  # the file `lock`, likewise
 
     def find_checkpoint(self):
-        """The folder's checkpoint, or None if nothing has begun there. Raises UserError."""
+        """Claim the folder; returns its checkpoint, or None if nothing has begun there. Raises
+        UserError if it is somebody else's, or if another process is at work in it."""
         with as_user_error("argument --out", OSError):
             names = set(os.listdir(self.folder)) if self.folder.exists() else set()
         names -= {"lock", "last.pt.new"}  # which a run leaves that is killed as it begins
@@ -1544,8 +1545,8 @@ def prepare(model, config):
         return model
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
-    # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises its own images, and rank
-    # 0's statistics are kept. Only in this case do ranks change more than a result's rounding.
+    # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises its own images, and the
+    # statistics of rank 0 are kept. Only in this case do ranks change more than rounding.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -1592,7 +1593,7 @@ def train(config):
 
 
 def train_in(run, config, dataset, device):
-    """What `train` does, in the run's folder."""
+    """One run in its folder, which `train` gives free afterwards, however this ends."""
     parts = labelled_parts(config)
     model = build_model(config).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
