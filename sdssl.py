@@ -81,10 +81,8 @@ def sincos_2d(dim, height, width):
     """Fixed 2-D sine-cosine positions (height * width, dim), row by row, as in MoCo v3: a quarter
     of the channels each for sin(row), cos(row), sin(column), cos(column). 4 must divide dim."""
     omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    row = torch.arange(height)[:, None] * omega  # (height, dim / 4)
-    column = torch.arange(width)[:, None] * omega  # (width, dim / 4)
-    row = row.repeat_interleave(width, dim=0)  # (height * width, dim / 4)
-    column = column.repeat(height, 1)  # (height * width, dim / 4)
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (height * width, 2)
+    row, column = (places[:, :, None] * omega).unbind(1)  # (height * width, dim / 4) each
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
 
 
@@ -224,14 +222,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         everyone = x.new_empty(world_size(), *x.shape)
-        all_gather_single(everyone.view(-1), x.view(-1))  # flat: gloo takes no other shapes
+        all_gather_single(everyone.view(-1), x.view(-1))  # flat: gloo takes no stacked shape
         return everyone
 
     @staticmethod
     def backward(ctx, grad):
         # (ranks, ...): how this rank's loss changes with what each rank has given
-        grad = grad.contiguous().clone()  # all_reduce writes into it
-        dist.all_reduce(grad)  # now: how the sum of all ranks' losses does
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)  # in place; now: how the sum of all ranks' losses does
         return grad[rank()]
 
 
@@ -313,7 +311,7 @@ class Heads(nn.Module):
 # index (...), here: layers.
 
 
-def all_ranks(z):
+def gather_keys(z):
     """z (..., B, E) of every rank -> (..., ranks * B, E), in float32, differentiable."""
     z = gather(z.float()).movedim(0, -3)  # (..., ranks, B, E)
     return z.flatten(-3, -2)
@@ -344,7 +342,7 @@ def ctr(q, z, tau=0.2):
     """MoCo v3's contrastive loss, Eq. 2: the cross entropy of cos(q, z) / tau, where the right
     class is the anchor's own image; mean over images, times 2 tau, as in Algorithm 1. Negatives are
     the other view's keys of all other images, on all ranks."""
-    logits = similarity(q, all_ranks(z.flip(0)), tau)  # (..., 2, B, ranks * B)
+    logits = similarity(q, gather_keys(z.flip(0)), tau)  # (..., 2, B, ranks * B)
     cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
     return (2 * tau * cross_entropy.mean(-1)).sum(-1)
 
@@ -354,13 +352,10 @@ def nt_xent(q, z, tau=0.2):
     own view. Among those its own image's key is masked. In plain SimCLR, nt_xent(z, z), it is the
     anchor itself; for a lower layer's anchor it is the last layer's view of the same image, no
     negative either. SimCLR has no factor 2 tau, but that is a constant, which AdamW undoes."""
-    keys = all_ranks(z)  # (2, ranks * B, E)
+    keys = gather_keys(z)  # (2, ranks * B, E)
     across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
     within = similarity(q, keys, tau)  # with those of the anchor's own view
-    B, M = within.shape[-2:]
-    position = rank() * B + torch.arange(B, device=q.device)  # of our images among all ranks'
-    same_image = position[:, None] == torch.arange(M, device=q.device)  # (B, ranks * B)
-    within = within.masked_fill(same_image, -torch.inf)
+    positives(within).fill_(-torch.inf)  # in place: the same image's key is no negative
     total = torch.logaddexp(across.logsumexp(-1), within.logsumexp(-1))
     cross_entropy = total - positives(across)  # (..., 2, B)
     return 2 * tau * cross_entropy.mean(-1).sum(-1)
@@ -413,6 +408,8 @@ class SDSSL(nn.Module):
             raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {framework!r}")
         if max(backbone.widths) > width:
             raise ValueError(f"the last layer must be the widest, but widths are {backbone.widths}")
+        if distill and L == 1:
+            raise ValueError("one layer has none below it to distil: choose plain, --no-distill")
         if distill and not 1 <= every < L:
             raise ValueError(f"every must be from 1 to {L - 1} with {L} layers, not {every}")
         self.framework = framework
@@ -529,7 +526,7 @@ class SDSSL(nn.Module):
             return
         student = [*self.backbone.parameters(), *self.projector.parameters()]
         teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
-        # teacher.lerp_(student, 1 - m), all in one kernel; the last argument is not used
+        # teacher.lerp_(student, 1 - m), for all of them at once; the last argument is not used
         get_ema_multi_avg_fn(decay=m)(teacher, student, None)
 
     @property
@@ -547,11 +544,11 @@ def cosine(start, end, t):
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-def learning_rate(step, total, warmup, peak):
-    """Linear over `warmup` steps to `peak`, then half a cosine to 0 at step `total`."""
-    if step < warmup:
-        return peak * min(1, (step + 1) / warmup)  # warmup may be 2.5 steps
-    return cosine(peak, 0, (step - warmup) / (total - warmup))
+def learning_rate(step, total, warmup_steps, peak):
+    """Linear over `warmup_steps` to `peak`, then half a cosine to 0 at step `total`."""
+    if step < warmup_steps:
+        return peak * min(1, (step + 1) / warmup_steps)  # which may be 2.5
+    return cosine(peak, 0, (step - warmup_steps) / (total - warmup_steps))
 
 
 def schedules(config, step, total):
@@ -745,6 +742,8 @@ def as_user_error(what, *kinds):
     """Exceptions of these kinds, raised inside, become a UserError: one line with all they say."""
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError, for which `run_or_explain` has better words
+        raise
     except kinds as error:
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch.load's has terminal colours
         raise UserError(f"{what}: {' '.join(reason.split())}") from error
@@ -783,7 +782,6 @@ SETS = {
     "fgvcaircraft": ("FGVCAircraft", "split", "trainval", "trainval", "test"),
     "flowers102": ("Flowers102", "split", "train", "train", "test"),
     "oxfordiiitpet": ("OxfordIIITPet", "split", "trainval", "trainval", "test"),
-    "stanfordcars": ("StanfordCars", "split", "train", "train", "test"),
     "stl10": ("STL10", "split", "unlabeled", "train", "test"),
 }
 PARTS = ("pretrain", "train", "val")
@@ -826,7 +824,7 @@ class ImageFolder(torchvision.datasets.ImageFolder):
 
 def open_named(data, part):
     """A part of one of SETS, below ./data. Called on all ranks alike: the first one downloads, and
-    then all find it there."""
+    then all find it there (on several nodes, if they share ./data)."""
     name, argument, *values = SETS[data]
     dataset = getattr(torchvision.datasets, name)
     chosen = {argument: values[PARTS.index(part)]}
@@ -1317,10 +1315,10 @@ def say(text):
         tqdm.write(text)
 
 
-def check_ranks_agree(step, path):
-    """Raises UserError if ranks have read checkpoints of different steps at `path`."""
-    if len(gather(torch.tensor(step)).unique()) > 1:
-        raise UserError(f"{path} must lie where all nodes see it: ranks differ")
+def check_ranks_agree(numbers, path):
+    """Raises UserError unless all ranks have found the same numbers at `path`."""
+    if len(gather(torch.tensor(numbers)).unique(dim=0)) > 1:
+        raise UserError(f"{path} must be the same for all nodes: ranks differ")
 
 
 def differences(settings, others):
@@ -1333,7 +1331,8 @@ class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
     record a line), last.pt (the checkpoint) and lock (empty, see `claim`). Rank 0 writes. `learned`
     tells this run from others: the settings of Recipe, and the images. A folder that holds another
-    run, or anything else, is refused with a UserError and left as it is, but for an empty lock."""
+    run, or anything else, is refused with a UserError and left as it is, but for an empty lock; a
+    run that has not taken a step yet may be replaced."""
 
     CANNOT = "a checkpoint that this version cannot continue: choose another --out"
 
@@ -1350,15 +1349,29 @@ class Run:
         self.file = None  # log.jsonl, on rank 0
         self.lock = None  # the file `lock`, likewise
 
-    def find_checkpoint(self):
-        """Claim the folder; returns its checkpoint, or None if nothing has begun there. Raises
-        UserError if it is somebody else's, or if another process is at work in it."""
+    def claim(self):
+        """Keep other processes out of the folder while this one runs, for they would overwrite each
+        other's files. Raises UserError if one is there already, or if the folder is not a run's."""
         with as_user_error("argument --out", OSError):
             names = set(os.listdir(self.folder)) if self.folder.exists() else set()
         names -= {"lock", "last.pt.new"}  # which a run leaves that is killed as it begins
         if names and "last.pt" not in names:
             raise UserError(f"{self.folder} is not empty, and has no last.pt: choose another --out")
-        self.claim()
+        if rank() > 0:
+            return
+        with as_user_error("argument --out", OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "a")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # some network file systems have no locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                what = f"another process is at work in {self.folder}"
+                raise UserError(f"{what}: stop it, or choose another --out") from None
+
+    def find_checkpoint(self):
+        """The folder's checkpoint, or None if nothing has begun there. Raises UserError if it is
+        another run's."""
         if not os.path.lexists(self.folder / "last.pt"):  # a link may lead to a disk that is away
             return None
         checkpoint = load_checkpoint(self.folder / "last.pt")
@@ -1372,30 +1385,17 @@ class Run:
             raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
         return checkpoint
 
-    def claim(self):
-        """Keep other processes out of the folder while this one runs, for they would overwrite each
-        other's files. Raises UserError if one is there already."""
-        if rank() > 0:
-            return
-        with as_user_error("argument --out", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "a")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # some network file systems have no locks
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                what = f"another process is at work in {self.folder}"
-                raise UserError(f"{what}: stop it, or choose another --out") from None
-
     def close(self):
         """Leave the folder to other processes. In a notebook this one may live on for days."""
         for file in (self.file, self.lock):
             if file:
-                file.close()
+                with contextlib.suppress(OSError):  # of a full disk, which was told already
+                    file.close()
 
     def resume(self, model, optimizer):
         """Load the checkpoint, if there is one; returns the number of steps that are done."""
         step = 0
+        self.claim()
         checkpoint = self.find_checkpoint()
         if checkpoint:
             with as_user_error(f"{self.folder} holds {self.CANNOT}", RuntimeError, ValueError):
@@ -1543,10 +1543,13 @@ def prepare(model, config):
             module.compile()
     if world_size() == 1:
         return model
+    # DDP would cut a compiled block in two where its gradients fill a message; torch 2.5 cannot
+    # recompute such a block
+    torch._dynamo.config.optimize_ddp = False
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
     # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises its own images, and the
-    # statistics of rank 0 are kept. Only in this case do ranks change more than rounding.
+    # checkpoint has rank 0's statistics. Only in this case do ranks change more than rounding.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
@@ -1595,6 +1598,7 @@ def train(config):
 def train_in(run, config, dataset, device):
     """One run in its folder, which `train` gives free afterwards, however this ends."""
     parts = labelled_parts(config)
+    check_ranks_agree([len(dataset.source), len(parts)], f"--data {config.data}")
     model = build_model(config).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
     first = run.resume(model, optimizer)
@@ -1613,8 +1617,13 @@ def train_in(run, config, dataset, device):
         run.log_tables(0, 0.0, knn_tables(model, parts, device, config))
 
     trained = prepare(model, config)  # shares its weights
-    images = config.batch_size
-    bar = tqdm(total=last, initial=first, unit="img", unit_scale=images, disable=rank() > 0)
+    bar = tqdm(
+        total=last,
+        initial=first,
+        unit="img",
+        unit_scale=config.batch_size,
+        disable=rank() > 0,
+    )
     clock = time.perf_counter()
     logged = first
     for step, (crops, _, complaints) in zip(steps, loader):
@@ -1628,7 +1637,7 @@ def train_in(run, config, dataset, device):
         epoch = done / dataset.steps_per_epoch
         save = done == last or due(done, dataset.steps_per_epoch) or due(done, config.save_every)
         table = done == last or due(done, config.knn_every * dataset.steps_per_epoch)
-        if save or due(done, config.log_every):  # only here the host waits for the device
+        if save or due(done, config.log_every):  # only here this loop waits for the device
             terms = mean_over_ranks(terms, done)
             speed = (done - logged) * config.batch_size / (time.perf_counter() - clock)
             run.log(step=done, epoch=epoch, lr=lr, alpha=alpha, **terms, images_per_s=speed)
@@ -1711,7 +1720,7 @@ def mutual_kl(h, peer_h, tau=0.1):
 
     def rows(projections):
         view1, view2 = projections
-        return similarity(view1, all_ranks(view2), tau).log_softmax(-1)
+        return similarity(view1, gather_keys(view2), tau).log_softmax(-1)
 
     return F.kl_div(rows(h), rows(peer_h).detach(), log_target=True, reduction="batchmean")
 

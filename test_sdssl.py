@@ -210,6 +210,8 @@ def test_what_cannot_be_built_is_a_value_error():
         sdssl.SDSSL(tiny_vit(), "dino")
     with pytest.raises(ValueError, match="every must be from 1 to 2"):
         tiny("simclr", every=3)
+    with pytest.raises(ValueError, match="one layer has none below"):
+        sdssl.SDSSL(tiny_vit(1))
     narrow = tiny_vit()
     narrow.widths = [16, 32, 16]
     with pytest.raises(ValueError, match="must be the widest"):
@@ -1089,6 +1091,7 @@ BAD = {  # command line: what the one line must say
     "--min-crop 0": "--min-crop",
     "--mid-layers 4": "--mid-layers",
     "--every 6": "every must be",
+    "--depth 1": "--no-distill",
     "--batch-size 5000": "4096 images",
     "--patch-size 7": "patch size 7",
     "--device cuda": "0 CUDA devices",
@@ -1202,6 +1205,23 @@ def gradients_over_ranks(case, x1, x2):
     return found
 
 
+def gradients_compiled_and_recomputed(x1, x2):
+    """Gradients of a model as `train_in` prepares it, on one rank or several. Its blocks are wide
+    enough for DDP to divide their gradients among messages."""
+    compile = nn.Module.compile
+    nn.Module.compile = lambda self: compile(self, backend="aot_eager")  # needs no C++ compiler
+    torch.manual_seed(0)
+    backbone = VisionTransformer(16, 8, embed_dim=256, depth=2, num_heads=4)
+    model = sdssl.SDSSL(backbone, hidden_dim=24, out_dim=8)
+    config = sdssl.parse_config("--preset toy --device cpu --compile --recompute".split())
+    trained = sdssl.prepare(model, config)
+    nn.Module.compile = compile
+    share = len(x1) // sdssl.world_size()
+    mine = slice(sdssl.rank() * share, (sdssl.rank() + 1) * share)
+    trained(x1[mine], x2[mine], 0.5)["loss"].backward()
+    return gradients_of(model)
+
+
 def mean_of_variances(x):
     """BatchNorm that forgets that the ranks' means differ."""
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
@@ -1222,6 +1242,7 @@ def on_each_rank(folder):
     sdssl._Gather.backward = staticmethod(lambda ctx, grad: grad[sdssl.rank()])  # no sum over ranks
     found["sum"] = {case: gradients_over_ranks(case, *two_views(12)) for case in CASES}
     sdssl._Gather.backward = backward
+    found["compiled"] = gradients_compiled_and_recomputed(*two_views(12))
     if sdssl.rank() == 0:
         torch.save(found, folder / "gradients.pt")
     sdssl.set_up = torch.device  # the process group is there
@@ -1244,6 +1265,12 @@ def test_three_processes_have_the_gradients_of_one_on_the_joined_batch(case, thr
     for wrong in ("variance", "sum"):  # this test sees the errors that it is there for
         with pytest.raises(AssertionError):
             assert_close(found[wrong][case], one, rtol=1e-2, atol=1e-4)
+
+
+def test_three_processes_compile_and_recompute_what_one_computes(three_ranks, monkeypatch):
+    found = torch.load(three_ranks / "gradients.pt")["compiled"]
+    monkeypatch.setattr(sdssl, "prepare", lambda model, config: model)
+    assert_close(found, gradients_compiled_and_recomputed(*two_views(12)), rtol=5e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("i", range(6), ids=lambda i: " ".join(SIX[i]))
@@ -1569,10 +1596,25 @@ def test_an_older_checkpoint_without_newer_settings_goes_on(finished, tmp_path, 
     assert "layer" in capsys.readouterr().out
 
 
+def test_ranks_must_see_the_same_images(tmp_path, capsys, monkeypatch):
+    for other in ([1, 0], [0, 1]):  # an image more, or labelled parts
+
+        def gather(x):
+            return torch.stack([x, x + torch.tensor(other)])
+
+        monkeypatch.setattr(sdssl, "gather", gather)
+        message = refused(capsys, *RUN, "--out", tmp_path / "run")
+        assert "--data toy must be the same for all nodes" in message
+        assert os.listdir(tmp_path) == []
+
+
 def test_ranks_must_see_the_same_checkpoint(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sdssl, "gather", lambda x: torch.stack([x, x + 1]))
+    def gather(x):
+        return torch.stack([x, x + 1]) if x.ndim == 0 else x[None]  # other steps, the same images
+
+    monkeypatch.setattr(sdssl, "gather", gather)
     message = refused(capsys, *RUN, "--out", tmp_path)
-    assert "must lie where all nodes see it" in message
+    assert "must be the same for all nodes" in message
     assert os.listdir(tmp_path) == ["lock"]
     monkeypatch.undo()
     sdssl.main([*RUN, "--max-steps", "1", "--out", str(tmp_path)])  # the folder is as good as new
@@ -1602,6 +1644,19 @@ def test_out_of_memory_is_one_line_that_says_what_helps(tmp_path, capsys, monkey
     monkeypatch.setattr(sdssl.SDSSL, "forward", out_of_memory)
     message = refused(capsys, *RUN, "--out", tmp_path)
     assert "out of memory" in message and "--recompute" in message
+    with pytest.raises(torch.OutOfMemoryError):  # a checkpoint that does not fit is not a bad one
+        with sdssl.as_user_error("a bad checkpoint", RuntimeError):
+            out_of_memory()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a disk that is always full is Linux's")
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch):
+    def start(run, dataset):
+        run.file = open("/dev/full", "w", buffering=1)
+
+    monkeypatch.setattr(sdssl.Run, "start", start)
+    assert "No space left on device" in refused(capsys, *RUN, "--out", tmp_path)
+    assert saved(tmp_path)["step"] == 0
 
 
 @pytest.mark.parametrize("flags", ["--depth 3", "--framework byol --peer vit_toy --every 5"])
@@ -2001,7 +2056,7 @@ def test_numbers_of_other_weights_under_the_same_name_are_not_mixed(trained, tmp
 def test_ranks_must_see_the_same_probes(tmp_path, monkeypatch):
     monkeypatch.setattr(sdssl, "gather", lambda x: torch.stack([x, x + 1]))
     training = eval_linear.Training(tmp_path / "probes.pt", {}, nn.Linear(1, 1), None)
-    with pytest.raises(UserError, match="must lie where all nodes see it"):
+    with pytest.raises(UserError, match="must be the same for all nodes"):
         training.resume()
 
 
