@@ -1543,9 +1543,10 @@ def prepare(model, config):
             module.compile()
     if world_size() == 1:
         return model
-    # DDP would cut a compiled block in two where its gradients fill a message; torch 2.5 cannot
-    # recompute such a block
-    torch._dynamo.config.optimize_ddp = False
+    if config.compile:
+        # DDP would cut a block in two where its gradients fill a message, and torch 2.5 cannot
+        # recompute such a block
+        torch._dynamo.config.optimize_ddp = False
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
     # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises its own images, and the
@@ -1617,13 +1618,8 @@ def train_in(run, config, dataset, device):
         run.log_tables(0, 0.0, knn_tables(model, parts, device, config))
 
     trained = prepare(model, config)  # shares its weights
-    bar = tqdm(
-        total=last,
-        initial=first,
-        unit="img",
-        unit_scale=config.batch_size,
-        disable=rank() > 0,
-    )
+    unit = dict(unit="img", unit_scale=config.batch_size)  # of a step
+    bar = tqdm(total=last, initial=first, disable=rank() > 0, **unit)
     clock = time.perf_counter()
     logged = first
     for step, (crops, _, complaints) in zip(steps, loader):

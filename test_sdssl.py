@@ -1189,6 +1189,11 @@ def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
+def our_part(x):
+    """This rank's part of a batch."""
+    return x.chunk(sdssl.world_size())[sdssl.rank()]
+
+
 def gradients_over_ranks(case, x1, x2):
     """The mean over ranks of a model's gradients, each from its part of the batch; its spread."""
     framework, kind = case
@@ -1196,9 +1201,7 @@ def gradients_over_ranks(case, x1, x2):
     if kind == "peer":
         model = tiny(framework)
         model = sdssl.DoGo(model, sdssl.SDSSL(tiny_vit(2), framework, False, 24, 8))
-    share = len(x1) // sdssl.world_size()
-    mine = slice(sdssl.rank() * share, (sdssl.rank() + 1) * share)
-    terms = model(x1[mine], x2[mine], 0.5)
+    terms = model(our_part(x1), our_part(x2), 0.5)
     terms["loss"].backward()
     found = {name: sdssl.gather(g).mean(0) for name, g in gradients_of(model).items()}
     found["spread"] = terms["spread"]
@@ -1216,9 +1219,7 @@ def gradients_compiled_and_recomputed(x1, x2):
     config = sdssl.parse_config("--preset toy --device cpu --compile --recompute".split())
     trained = sdssl.prepare(model, config)
     nn.Module.compile = compile
-    share = len(x1) // sdssl.world_size()
-    mine = slice(sdssl.rank() * share, (sdssl.rank() + 1) * share)
-    trained(x1[mine], x2[mine], 0.5)["loss"].backward()
+    trained(our_part(x1), our_part(x2), 0.5)["loss"].backward()
     return gradients_of(model)
 
 
@@ -1596,16 +1597,12 @@ def test_an_older_checkpoint_without_newer_settings_goes_on(finished, tmp_path, 
     assert "layer" in capsys.readouterr().out
 
 
-def test_ranks_must_see_the_same_images(tmp_path, capsys, monkeypatch):
-    for other in ([1, 0], [0, 1]):  # an image more, or labelled parts
-
-        def gather(x):
-            return torch.stack([x, x + torch.tensor(other)])
-
-        monkeypatch.setattr(sdssl, "gather", gather)
-        message = refused(capsys, *RUN, "--out", tmp_path / "run")
-        assert "--data toy must be the same for all nodes" in message
-        assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("more", ([1, 0], [0, 1]), ids=("images", "labelled parts"))
+def test_ranks_must_see_the_same_images(more, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sdssl, "gather", lambda x: torch.stack([x, x + torch.tensor(more)]))
+    message = refused(capsys, *RUN, "--out", tmp_path / "run")
+    assert "--data toy must be the same for all nodes" in message
+    assert os.listdir(tmp_path) == []
 
 
 def test_ranks_must_see_the_same_checkpoint(tmp_path, capsys, monkeypatch):
