@@ -468,6 +468,24 @@ def test_teacher_is_the_moving_average_of_backbone_and_last_projector():
             assert not t.requires_grad
 
 
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_heads_are_as_wide_as_the_paper_says(framework):
+    model = tiny(framework)  # width 16, hidden 24, out 8, three layers
+
+    def shapes(heads):
+        return [tuple(weight.shape) for weight in heads.weights]
+
+    assert shapes(model.projector) == [(1, 24, 16), (1, 24, 24), (1, 8, 24)]
+    assert shapes(model.mid_projectors) == [(2, 12, 16), (2, 12, 12), (2, 8, 12)]  # half of it
+    if framework == "simclr":
+        assert model.predictor is None and model.mid_predictors is None
+    else:
+        assert shapes(model.predictor) == [(1, 24, 8), (1, 8, 24)]
+        assert shapes(model.mid_predictors) == [(2, 24, 8), (2, 8, 24)]
+    heads = [module for module in model.modules() if isinstance(module, sdssl.Heads)]
+    assert {head.last_bn for head in heads} == {framework != "byol"}
+
+
 @pytest.mark.parametrize("every, layers", [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [1, 4])])
 @pytest.mark.parametrize("mid_layers", [3, 2])
 def test_every_nth_layer_is_distilled_through_so_many_projector_layers(every, layers, mid_layers):
@@ -622,6 +640,29 @@ def test_optimiser_gets_every_learning_parameter_once_and_decays_matrices_only()
             assert bool(matrix.search(learns[p])) == is_matrix
     assert len(decayed["params"]) + len(spared["params"]) == len(learns)
     assert not any(name.startswith(("teacher", "backbone.p")) for name in learns.values())
+
+
+@pytest.mark.parametrize("framework", sdssl.FRAMEWORKS)
+def test_a_step_is_adamws_formula_and_then_the_teacher_follows(framework):
+    model = tiny(framework)
+    model(*two_views(), alpha=0.5)["loss"].backward()
+    gradients = gradients_of(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    decayed, spared = sdssl.parameter_groups(model, 0.1)
+    optimizer = torch.optim.AdamW([decayed, spared], lr=7.0)  # which the step replaces
+    for name, p in model.named_parameters():
+        if name in gradients:
+            p.grad = torch.ones_like(p)  # of an earlier step, which must not count
+    sdssl.train_step(model, optimizer, *two_views(), 0.01, alpha=0.5, momentum=0.9, bf16=False)
+    after = dict(model.named_parameters())
+    for name, g in gradients.items():
+        decay = 0.1 if any(after[name] is p for p in decayed["params"]) else 0.0
+        # Adam's first step, corrected for its bias, is the gradient over its own size
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + 1e-8)
+        assert_close(after[name], expected)
+    for name in before.keys() - gradients.keys():
+        student = after[name.replace("teacher_", "").replace("teacher", "backbone")]
+        assert_close(after[name], 0.9 * before[name] + 0.1 * student)
 
 
 # ---- 7. Views ----
