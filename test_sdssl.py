@@ -2029,6 +2029,70 @@ def test_probes_of_two_rates_are_probes_trained_alone(trained, tmp_path):
     assert not torch.equal(both["0.0.0.linear.weight"], both["0.1.0.linear.weight"])
 
 
+def test_cached_probes_are_mocov3s_protocol_written_out(trained, tmp_path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    weights = probe(run, "--cached", "--lrs", "3", "0.1")  # twelve steps
+    [found] = json.loads((run / "linear.json").read_text()).values()
+
+    backbone = sdssl.load_backbone(run / "last.pt")
+    train, val = [CentreCrops(part, 32) for part in eval_knn.open_parts(str(trained))]
+    features, y, _ = sdssl.extract(backbone, train, CPU)
+    val_features, val_y, _ = sdssl.extract(backbone, val, CPU)
+    held_out, learned = sdssl.shuffled(200, "held out").split([20, 180])
+    torch.manual_seed(0)
+    start = [nn.Linear(64, 10) for _ in features]
+    for layer, (x, val_x) in enumerate(zip(features, val_features)):
+        std, mean = torch.std_mean(x[held_out].float(), dim=0)
+        x = F.pad((x - mean) / std, (0, 1), value=1.0)  # the last weight is the bias
+        val_x = F.pad((val_x - mean) / std, (0, 1), value=1.0)
+        scores = []
+        for number, rate in enumerate((3.0, 0.1)):
+            w = torch.cat([start[layer].weight, start[layer].bias[:, None]], dim=1).detach()
+            velocity = torch.zeros_like(w)
+            for step in range(12):
+                epoch, batch = divmod(step, 3)
+                order = sdssl.shuffled(180, "order", epoch)
+                chosen = learned[order[60 * batch : 60 * batch + 60]]
+                error = (x[chosen] @ w.T).softmax(1) - F.one_hot(y[chosen], 10)
+                velocity = 0.9 * velocity + error.T @ x[chosen] / 60
+                w = w - rate * 60 / 256 * (1 + math.cos(math.pi * step / 12)) / 2 * velocity
+            name = f"0.{number}.{layer}.linear"
+            theirs = torch.cat([weights[f"{name}.weight"], weights[f"{name}.bias"][:, None]], dim=1)
+            assert_close(theirs, w, rtol=1e-3, atol=1e-4)
+
+            top5 = (val_x @ w.T).argsort(1, descending=True)[:, :5]
+            right = top5 == val_y[:, None]
+            held_out_score = ((x[held_out] @ w.T).argmax(1) == y[held_out]).sum().item()
+            scores.append((held_out_score, -number, rate, right.sum().item(), right[:, 0].sum()))
+        _, _, rate, best_top5, best_top1 = max(scores)  # the first one, of equals
+        assert found["lr"][layer] == rate
+        assert found["top-5"][layer] == pytest.approx(best_top5)  # of 100 images
+        assert found["top-1"][layer] == pytest.approx(best_top1.item())
+
+
+def evaluated(path, **changes):
+    """What eval_linear.py's Data is of: the network at `path`, and arguments."""
+    args = dict(data=None, which="teacher", pool=None, num_heads=None, workers=0, cached=False)
+    args = SimpleNamespace(**(args | changes))
+    return eval_linear.Data(eval_knn.open_network(path, args, []), args, CPU)
+
+
+def test_augmented_probes_see_crops_of_training_some_of_them_mirrored(trained):
+    data = evaluated(trained / "run/last.pt", batch_size=60, finetune=False)
+    data.network.backbone.forward = lambda x: [x]
+    numbers = sdssl.shuffled(200, "held out")[20:]
+    crops = TrainingCrops(data.train, numbers, 60, 32, data.network.min_crop, "linear", crops=1)
+    flips = []
+    for step, (layers, labels) in enumerate(data.augmented(range(4))):
+        (expected,), chosen, _ = crops[step]
+        assert labels.tolist() == [data.train[i][1] for i in chosen.tolist()]
+        for found, x in zip(layers[0], expected):
+            x = sdssl.normalize_pixels(x[None] / 255)[0]
+            flips.append(not torch.equal(found, x))
+            assert_close(found, x.flip(-1) if flips[-1] else x)
+    assert 80 < sum(flips) < 160  # of 240
+
+
 def test_an_interrupted_probe_goes_on_and_another_is_refused(
     trained, tmp_path, capsys, monkeypatch
 ):
@@ -2098,15 +2162,50 @@ def test_ranks_must_see_the_same_probes(tmp_path, monkeypatch):
         training.resume()
 
 
-def test_finetuning_trains_everything(trained, tmp_path):
+@pytest.mark.parametrize("arch", ["vit_toy", "resnet18"])
+def test_finetuning_trains_everything(arch, trained, tmp_path):
     run = shutil.copytree(trained / "run", tmp_path / "run")
+    if arch == "resnet18":
+        resnet = sdssl.build_backbone(name="resnet18", img_size=16)
+        network = dict(architecture=resnet.architecture, weights=resnet.state_dict())
+        config = dict(data=str(trained), min_crop=0.5)
+        torch.save(dict(networks=dict(teacher=network), config=config, step=0), run / "last.pt")
     flags = "--finetune --batch-size 100 --epochs 1 --workers 0".split()
     eval_linear.main([str(run / "last.pt"), *ON_CPU, *flags])
     [file] = run.glob("last-finetune*.pt")
     after = torch.load(file, weights_only=True)["trained"]
     before = sdssl.load_backbone(run / "last.pt")
-    for name, weight in before.named_parameters():
-        assert not torch.equal(weight, after[f"1.{name}"])
+    for name, value in before.state_dict().items():  # a ResNet's statistics, too
+        assert not torch.equal(value, after[f"1.{name}"])
+
+
+def test_finetuning_is_its_recipe_written_out(trained, tmp_path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    flags = "--finetune --batch-size 50 --epochs 3 --workers 0".split()
+    eval_linear.main([str(run / "last.pt"), *ON_CPU, *flags])
+    [file] = run.glob("last-finetune*.pt")
+    found = torch.load(file, weights_only=True)["trained"]
+
+    data = evaluated(run / "last.pt", batch_size=50, finetune=True)
+    backbone = data.network.backbone.train().requires_grad_(True)  # positions and patches, too
+    features, _ = data.extract(data.train, data.held_out)
+    torch.manual_seed(0)
+    classifier = eval_linear.Probe(features[-1], 10)
+    groups = eval_linear.finetuning_groups(backbone, classifier)
+    optimizer = torch.optim.AdamW(groups)
+    for step, (layers, y) in enumerate(data.augmented(range(12))):  # all 200 images, three times
+        past = max(0, step - 12 / 20) / (12 - 12 / 20)  # of the cosine after the warm-up
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * 5e-4 * 50 / 256 * (1 + math.cos(math.pi * past)) / 2
+        likely = classifier(layers[-1]).log_softmax(1)
+        loss = -0.9 * likely[range(50), y].mean() - 0.1 * likely.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    trained_here = nn.ModuleList([classifier, backbone]).state_dict()
+    for name, weight in trained_here.items():
+        if weight.ndim > 1:  # some biases have no gradient but of rounding
+            assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_finetuning_rates_fall_towards_the_image():
