@@ -1020,6 +1020,15 @@ def test_hidden_files_and_the_pictures_of_runs_are_not_data(folder, tmp_path):
 # ---- 9. k-NN ----
 
 
+def votes_of(x, train, labels, k, temperature):
+    """DINO's k-NN for one image's representation, neighbour by neighbour: a vote for each class."""
+    similarities = F.cosine_similarity(x, train)
+    votes = torch.zeros(1 + int(labels.max()))
+    for j in similarities.argsort()[-k:]:
+        votes[labels[j]] += math.exp((similarities[j] - similarities.max()) / temperature)
+    return votes
+
+
 @pytest.mark.parametrize("n, k", [(30, 99), (2**20, 7)])  # few images; chunks of 128 queries
 def test_knn_scores_are_dinos_weighted_votes(n, k):
     torch.manual_seed(0)
@@ -1028,11 +1037,24 @@ def test_knn_scores_are_dinos_weighted_votes(n, k):
     test = torch.randn(140, 8)
     found = sdssl.knn_scores(train, labels, test, 3, k, temperature=0.1)
     for i in (0, 127, 128, 139):
-        similarities = F.cosine_similarity(test[i], train)
-        votes = torch.zeros(3)
-        for j in similarities.argsort()[-k:]:
-            votes[labels[j]] += math.exp((similarities[j] - similarities.max()) / 0.1)
-        assert_close(found[i], votes)
+        assert_close(found[i], votes_of(test[i], train, labels, k, temperature=0.1))
+    dinos = sdssl.knn_scores(train, labels, test, 3)[0]
+    assert_close(dinos, votes_of(test[0], train, labels, k=20, temperature=0.07))
+
+
+def test_knn_is_the_part_of_images_whose_class_has_most_votes():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    layers = [torch.randn(300, 8), torch.randn(300, 16)]
+    layers[1][:, 0] += 2 * labels  # this one knows something
+    train = ([x[:200] for x in layers], labels[:200], 200)
+    val = ([x[200:] for x in layers], labels[200:], 100)
+    expected = []
+    for x in layers:
+        votes = [votes_of(y, x[:200], labels[:200], k=20, temperature=0.07) for y in x[200:]]
+        expected.append(sum(int(v.argmax() == y) for v, y in zip(votes, labels[200:])))
+    assert expected[0] < 50 < expected[1]
+    assert sdssl.knn(train, val, CPU) == pytest.approx(expected)  # of 100 images
 
 
 def test_knn_votes_do_not_vanish_at_low_temperatures():
