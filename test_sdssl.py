@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -252,6 +253,13 @@ def test_heads_are_the_sequential_of_their_docstring_for_every_copy_and_view(wid
         head = nn.Sequential(*layers)
         for view in range(2):
             assert_close(found[copy, view], head(x[copy, view]), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_normalise_in_float32():
+    x = 100 + torch.rand(3, 6)
+    half = x.bfloat16()
+    assert_close(sdssl.standardise(half), sdssl.standardise(half.float()))
+    assert sdssl.standardise(half).dtype == torch.float32
 
 
 # ---- 4. Losses ----
@@ -813,9 +821,8 @@ def test_every_broken_image_is_replaced_by_another_drawn_one_and_named(monkeypat
     dataset = training_crops(source, batch_size=54, images=54)
     _, numbers, complaints = dataset[0]
     assert numbers.min() >= 30  # readable ones only
-    assert (
-        numbers.bincount(minlength=54)[30:].max() <= 10
-    )  # 30 broken ones in a row have not one heir
+    heirs = numbers.bincount(minlength=54)[30:]
+    assert heirs.max() <= 10  # 30 broken ones in a row have not one heir
     assert all(any(f"image {i}:" in text for text in complaints) for i in range(30))
     assert torch.equal(numbers, dataset[0][1])
     monkeypatch.setattr(sdssl, "world_size", lambda: 3)  # as many ranks replace by the same images
@@ -824,6 +831,9 @@ def test_every_broken_image_is_replaced_by_another_drawn_one_and_named(monkeypat
         monkeypatch.setattr(sdssl, "rank", lambda rank=rank: rank)
         shares.append(training_crops(source, batch_size=54, images=54)[0][1])
     assert torch.equal(torch.cat(shares), numbers)
+    monkeypatch.undo()
+    part = TrainingCrops(SAME + source, torch.arange(24, 78), 54, 16, min_crop=0.2, seed=0)
+    assert part[0][1].min() >= 54  # readable ones of this part only
     with pytest.raises(UserError, match="100 images in a row are unreadable"):
         training_crops([broken] * 24)[0]
 
@@ -885,6 +895,12 @@ def test_every_mode_is_seen_as_a_viewer_shows_it(mode):
     rgb = sdssl.to_rgb(image)
     assert rgb.mode == "RGB"
     assert rgb.getpixel((0, 0)) == pytest.approx(expected, abs=2)
+
+
+def test_sixteen_bits_of_grey_become_eight():
+    sixteen = numpy.arange(2**16, dtype="uint16").reshape(256, 256)
+    found = sdssl.to_rgb(Image.fromarray(sixteen))
+    assert (numpy.asarray(found) == (sixteen // 256)[:, :, None]).all()
 
 
 @pytest.mark.parametrize("mode, key", [("P", 0), ("L", 7), ("RGB", (1, 2, 3))])
@@ -1117,6 +1133,29 @@ def test_a_table_shows_what_is_missing_and_what_is_no_number():
 def test_default_then_preset_then_flag(flags, expected):
     config = vars(sdssl.parse_config(flags.split()))
     assert expected.items() <= config.items()
+
+
+def test_without_flags_a_folder_is_trained_on_as_section_4_1_says():
+    config = sdssl.parse_config(["--data", "/x", "--framework", "mocov3"])
+    architecture = dict(embed_dim=384, depth=12, num_heads=12)  # MoCo v3's ViT-S, not DINO's
+    assert sdssl.ARCHS[config.arch] == architecture
+    assert sdssl.ARCHS["vit_base"] == dict(embed_dim=768, depth=12, num_heads=12)
+    assert (config.img_size, config.patch_size, config.pool, config.depth) == (224, 16, "cls", 0)
+    assert (config.hidden_dim, config.out_dim, config.mid_layers) == (4096, 256, 3)
+    assert (config.alpha, config.beta, config.anneal, config.every) == (1.0, 1.0, True, 1)
+    assert (config.tau, config.m0, config.weight_decay, config.min_crop) == (0.2, 0.996, 0.1, 0.08)
+    assert (config.epochs, config.batch_size, config.lr) == (300, 1024, 1.5e-4)
+    assert config.warmup * config.epochs == pytest.approx(40)
+
+
+def test_initial_weights_follow_from_the_seed_alone():
+    def weights(seed):
+        torch.rand(3)  # what was drawn before makes no difference
+        config = sdssl.parse_config(["--seed", str(seed)])
+        return torch.cat([p.flatten() for p in sdssl.build_model(config).parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
 
 
 @pytest.mark.parametrize("major, has_it", [(7, False), (8, True), (9, True)])  # Ampere is 8
@@ -1492,6 +1531,8 @@ def test_a_runs_folder_holds_what_readme_says(finished):
     run = root / "run"
     records = log_of(run)
     assert [r["step"] for r in records] == [0, 1, 2, 2, 3, 3]  # tables: first, each epoch, last
+    third = (1 - math.cos(math.pi * 2 / 8)) / 2  # step of the eight that were planned
+    assert records[-2]["alpha"] == pytest.approx(third)
     tables = [r["knn"] for r in records if "knn" in r]
     parts = [CentreCrops(open_dataset(str(root / "data"), part), 32) for part in ("train", "val")]
     backbone = sdssl.load_backbone(run / "last.pt")
@@ -1803,10 +1844,23 @@ def test_a_resnets_batchnorm_sees_one_view_at_a_time_and_narrow_stages_get_zeros
     h = model.project(layers)
     assert h.shape == (4, 2, 6, 8)
     with torch.no_grad():
-        model.mid_projectors.weights[0][0, :, 64:] = (
-            7.0  # of stage 1, what zeros are multiplied with
-        )
+        of_zeros = model.mid_projectors.weights[0][0, :, 64:]  # stage 1's
+        of_zeros.fill_(7.0)
     assert_close(model.project(layers)[0], h[0])
+
+
+def test_a_resnet_is_evaluated_by_its_own_statistics_and_then_trains_on():
+    torch.manual_seed(0)
+    model = sdssl.SDSSL(sdssl.ResNet("resnet18", 16), "simclr", True, 24, 8)
+    model(*two_views())  # from which BatchNorm has statistics
+    images = (255 * some_images(8, 16, 16)).byte()
+    expected = deepcopy(model.backbone).eval()(sdssl.normalize_pixels(images / 255))
+    found, _, _ = sdssl.extract(model.backbone, list(zip(images, range(8))), CPU)
+    for layer, theirs in zip(found, expected, strict=True):
+        assert_close(layer.float(), theirs, rtol=2e-3, atol=2e-3)
+    part = list(zip(images, range(8)))
+    sdssl.knn_tables(model, [part, part], CPU, SimpleNamespace(workers=0, bf16=False))
+    assert all(module.training for module in model.modules())
 
 
 def test_distill_on_the_go_is_two_models_and_the_divergence_of_their_similarity_rows():
