@@ -1148,6 +1148,32 @@ def test_without_flags_a_folder_is_trained_on_as_section_4_1_says():
     assert config.warmup * config.epochs == pytest.approx(40)
 
 
+def test_settings_reach_the_model():
+    flags = "--framework mocov3 --peer vit_tiny --mutual 0.6 --tau 0.3 --beta 0.7 --every 2"
+    heads = "--pool patches --depth 5 --hidden-dim 24 --out-dim 8 --mid-layers 2"
+    dogo = sdssl.build_model(sdssl.parse_config([*flags.split(), *heads.split()]))
+    assert dogo.mutual == 0.6
+    for model, width in ((dogo.model, 64), (dogo.peer, 192)):
+        assert (model.framework, model.tau, model.beta) == ("mocov3", 0.3, 0.7)
+        assert (model.backbone.pool, model.backbone.widths) == ("patches", [width] * 5)
+        assert model.with_heads == [0, 2, 4]
+        assert [w.shape for w in model.mid_projectors.weights] == [(2, 12, width), (2, 8, 12)]
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile"], ["--recompute"]], ids=str)
+def test_a_vits_blocks_are_compiled_or_run_again_if_asked(flags, monkeypatch):
+    config = sdssl.parse_config(["--device", "cpu", *flags])
+    model = sdssl.build_model(config)
+    compiled = []
+    runs = []
+    monkeypatch.setattr(sdssl.Block, "compile", lambda block: compiled.append(block))
+    for block in model.backbone.blocks:
+        block.register_forward_pre_hook(lambda *args: runs.append(args))
+    sdssl.prepare(model, config)(*two_views(size=32))["loss"].backward()
+    assert len(compiled) == (6 if flags == ["--compile"] else 0)
+    assert len(runs) == (12 if flags == ["--recompute"] else 6)
+
+
 def test_initial_weights_follow_from_the_seed_alone():
     def weights(seed):
         torch.rand(3)  # what was drawn before makes no difference
@@ -1540,7 +1566,13 @@ def test_a_runs_folder_holds_what_readme_says(finished):
     assert tables[-1] == pytest.approx(sdssl.knn(*features, CPU))
     for accuracy in tables[0] + tables[-1]:
         assert f"{accuracy:#.3g}" in output
-    assert Image.open(run / "views.png").size == (12 * 34 + 2, 2 * 34 + 2)
+    picture = Image.open(run / "views.png")
+    assert picture.size == (12 * 34 + 2, 2 * 34 + 2)
+    crops, _, _ = sdssl.training_crops(sdssl.Config(**saved(run)["config"]))[0]
+    _, second = sdssl.two_views(crops[:, :12], "picture", 0)
+    grey = (0.485 + 0.229 * second[7, 0]).clamp(0, 1)  # the red channel of the eighth image
+    shown = TF.to_tensor(picture.crop((7 * 34 + 2, 36, 8 * 34, 68)))[0]
+    assert_close(shown, grey, rtol=0, atol=0.01)
     assert json.loads((run / "config.json").read_text()) == saved(run)["config"]
 
 
