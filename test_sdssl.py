@@ -736,6 +736,14 @@ def test_a_random_view_of_the_analysis_does_not_depend_on_ranks(monkeypatch):
     assert not torch.equal(alone[0], alone[1])
 
 
+def test_the_two_views_of_the_analysis_are_two_crops(monkeypatch):
+    monkeypatch.setattr(sdssl, "augment", lambda x, **options: x)
+    source = sdssl.draw_glyphs(4, seed=0)
+    first, second = [eval_knn.RandomViews(source, 32, view=view) for view in (0, 1)]
+    assert torch.equal(first[0][0], first[0][0])
+    assert not torch.equal(first[0][0], second[0][0])
+
+
 def test_random_boxes_follow_random_resized_crop_and_fit_images_of_any_shape():
     torch.manual_seed(0)
     tries = torch.rand(4000, 10, 4).tolist()
@@ -1537,6 +1545,14 @@ def test_what_cannot_be_written_whole_leaves_the_old_file_and_nothing_else(tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_log_says_how_many_images_a_second_were_seen(tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=partial(next, itertools.count()))  # a second at each look
+    monkeypatch.setattr(sdssl, "time", clock)
+    flags = ["--log-every", "2", "--max-steps", "4", "--out", str(tmp_path)]
+    sdssl.main([*RUN, *flags])
+    assert [record["images_per_s"] for record in log_of(tmp_path)] == [96, 96]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run on a folder of glyphs with classes: its folder, data, flags and output."""
@@ -1920,6 +1936,22 @@ def test_distill_on_the_go_is_two_models_and_the_divergence_of_their_similarity_
     assert ours.abs().max() > 0
     assert theirs is None  # the peer teaches, and does not learn
 
+    student = peer.backbone.blocks[0].mlp.fc1.weight
+    student.data.add_(1.0)
+    before = peer.teacher.blocks[0].mlp.fc1.weight.clone()
+    both.update_teacher(0.9)
+    assert_close(peer.teacher.blocks[0].mlp.fc1.weight, 0.9 * before + 0.1 * student)
+
+
+@pytest.mark.parametrize("device, ranks", [("cuda", 2), ("cuda", 1), ("cpu", 2)])
+def test_a_resnets_batchnorm_is_synchronised_by_several_gpus(device, ranks, monkeypatch):
+    monkeypatch.setattr(sdssl, "world_size", lambda: ranks)
+    monkeypatch.setattr(sdssl, "DistributedDataParallel", lambda model, **options: model)
+    config = sdssl.Config(arch="resnet18", img_size=32, hidden_dim=24, out_dim=8, device=device)
+    model = sdssl.prepare(sdssl.build_model(config), config)
+    kinds = {type(module) for module in model.modules() if "BatchNorm" in str(type(module))}
+    assert kinds == {nn.SyncBatchNorm if (device, ranks) == ("cuda", 2) else nn.BatchNorm2d}
+
 
 # ---- eval_knn.py and eval_linear.py ----
 
@@ -2053,7 +2085,18 @@ def test_eval_knn_measures_what_its_functions_say(pool, trained, tmp_path, capsy
     assert (arrays["layer6"] == val[0][5].numpy()).all()
     assert (arrays["labels"] == val[1].numpy()).all()
     [picture] = run.glob("last-cka-*.png")
-    assert Image.open(picture).size == (144, 144)
+    shown = Image.open(picture).convert("L")
+    assert shown.size == (144, 144)
+    for row, column in itertools.product(range(6), repeat=2):  # from the bottom, from the left
+        grey = shown.getpixel((24 * column + 12, 143 - 24 * row - 12))
+        assert grey == pytest.approx(255 * found["cka"][row][column], abs=1)
+
+    crops = [eval_knn.RandomViews(parts[1].source, 32, min_crop=0.5, view=v) for v in (0, 1)]
+    one, other = [sdssl.extract(backbone, part, CPU)[0] for part in crops]
+    for layer in range(6):
+        x, y = F.normalize(one[layer].float()), F.normalize(other[layer].float())
+        distance = (x - y).square().sum(1).mean().item()
+        assert found["align"][layer] == pytest.approx(distance, rel=1e-3)
 
     message = refused(capsys, path, *flags, "--save-features", features, main=eval_knn.main)
     assert "--save-features" in message  # what is there stays
