@@ -2097,12 +2097,30 @@ def test_eval_knn_measures_what_its_functions_say(pool, trained, tmp_path, capsy
         x, y = F.normalize(one[layer].float()), F.normalize(other[layer].float())
         distance = (x - y).square().sum(1).mean().item()
         assert found["align"][layer] == pytest.approx(distance, rel=1e-3)
+        between = (x[:, None] - x).square().sum(2)[~torch.eye(100, dtype=bool)]
+        assert found["neg. align"][layer] == pytest.approx(between.mean().item(), rel=1e-3)
+        uniformity = (-2 * between).exp().mean().log().item()
+        assert found["-unif"][layer] == pytest.approx(-uniformity, rel=1e-3)
 
     message = refused(capsys, path, *flags, "--save-features", features, main=eval_knn.main)
     assert "--save-features" in message  # what is there stays
     eval_knn.main([str(path), str(path), *flags])
     first, second = capsys.readouterr().out.split("top-1\n")[1].splitlines()[1].split()[1:3]
     assert first == second == f"{found['top-1'][0]:#.3g}"  # side by side
+
+    eval_knn.main([str(path), *flags, "--k", "3", "--temperature", "0.2"])
+    [other] = json.loads((run / "knn.json").read_text()).values()
+    assert (other["k"], other["temperature"]) == (3, 0.2)
+    assert other["top-1"] == pytest.approx(sdssl.knn(train, val, CPU, 3, 0.2))
+    assert other["top-1"] != found["top-1"]
+
+
+def test_labels_are_read_without_the_images():
+    for name in ("targets", "labels", "_labels"):  # as torchvision's datasets call them
+        assert eval_knn.labels_of(SimpleNamespace(**{name: [3, 1, 2]})).tolist() == [3, 1, 2]
+    pairs = [("a.jpg", 3), ("b.jpg", 1)]
+    assert eval_knn.labels_of(SimpleNamespace(_samples=pairs)).tolist() == [3, 1]
+    assert eval_knn.labels_of(pairs).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("there", ["not JSON", "[1, 2]", "a number"])
