@@ -1592,6 +1592,24 @@ def test_a_runs_folder_holds_what_readme_says(finished):
     assert json.loads((run / "config.json").read_text()) == saved(run)["config"]
 
 
+def test_a_checkpoint_is_written_after_each_epoch_and_at_the_end(finished, tmp_path, monkeypatch):
+    root, flags, _ = finished
+    steps = []
+    monkeypatch.setattr(sdssl.Run, "save", lambda run, model, optimizer, step: steps.append(step))
+    more = ["--data", str(root / "data"), "--out", str(tmp_path), "--max-steps", "5"]
+    sdssl.main([*flags, *more, "--knn-every", "0", "--log-every", "100"])
+    assert steps == [0, 2, 4, 5]  # two steps are an epoch
+    assert [record["step"] for record in log_of(tmp_path)] == [2, 4, 5]
+
+
+def test_each_complaint_is_printed_once(tmp_path, capsys):
+    run = sdssl.Run(sdssl.Config(out=str(tmp_path)), images=3)
+    run.pass_on(["a is broken", "b is broken"])
+    run.pass_on(["b is broken", "c is broken"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in lines] == ["a", "b", "c"]
+
+
 def test_a_finished_run_shows_its_table_again_and_writes_nothing(finished, tmp_path, capsys):
     root, flags, output = finished
     table = output[output.rindex("layer  ") :].split("Pictures")[0].strip()
@@ -1715,6 +1733,12 @@ def test_workers_that_do_not_fit_into_shared_memory_are_one_line(tmp_path, capsy
     assert "0.23 GB" in message and "has 0.06" in message and "--shm-size" in message
     small = [*RUN, "--workers", "8", "--max-steps", "1"]
     sdssl.main([*small, "--out", str(tmp_path)])  # these do
+
+    sdssl.check_shared_memory(15e6, workers=2)  # two batches a worker: 60 of 64 MB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    sdssl.check_shared_memory(15e6, workers=2, batches=1)  # and each of four ranks has its own
+    with pytest.raises(UserError, match="0.24 GB"):
+        sdssl.check_shared_memory(15e6, workers=2)
 
 
 @pytest.mark.parametrize("kind", ["list", "other tool", "older", "other weights"])
