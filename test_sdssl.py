@@ -1558,10 +1558,10 @@ def finished(tmp_path_factory):
     """A finished run on a folder of glyphs with classes: its folder, data, flags and output."""
     root = tmp_path_factory.mktemp("finished")
     data = root / "data"
-    for i, (image, label) in enumerate(sdssl.draw_glyphs(100, seed=3)):
-        for part in ("train", "val"):
-            (data / part / str(label)).mkdir(parents=True, exist_ok=True)
-            image.save(data / part / str(label) / f"{i}.png")
+    for i, (image, label) in enumerate(sdssl.draw_glyphs(160, seed=3)):
+        place = data / ("train" if i < 100 else "val") / str(label)
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{i}.png")
     flags = [*RUN, "--preset", "toy", "--knn-every", "1", "--max-steps", "3", "--epochs", "4"]
     command = [sys.executable, HERE / "sdssl.py", *flags, "--data", data, "--out", root / "run"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
