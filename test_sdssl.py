@@ -2132,11 +2132,17 @@ def test_eval_knn_measures_what_its_functions_say(pool, trained, tmp_path, capsy
     first, second = capsys.readouterr().out.split("top-1\n")[1].splitlines()[1].split()[1:3]
     assert first == second == f"{found['top-1'][0]:#.3g}"  # side by side
 
-    eval_knn.main([str(path), *flags, "--k", "3", "--temperature", "0.2"])
-    [other] = json.loads((run / "knn.json").read_text()).values()
-    assert (other["k"], other["temperature"]) == (3, 0.2)
-    assert other["top-1"] == pytest.approx(sdssl.knn(train, val, CPU, 3, 0.2))
-    assert other["top-1"] != found["top-1"]
+
+def test_eval_knn_votes_as_its_flags_say(trained, tmp_path):
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    eval_knn.main([str(run / "last.pt"), *ON_CPU, "--k", "3", "--temperature", "0.2"])
+    [found] = json.loads((run / "knn.json").read_text()).values()
+    assert (found["k"], found["temperature"]) == (3, 0.2)
+    backbone = sdssl.load_backbone(run / "last.pt")
+    parts = [CentreCrops(part, 32) for part in eval_knn.open_parts(str(trained))]
+    features = [sdssl.extract(backbone, part, CPU) for part in parts]
+    assert found["top-1"] == pytest.approx(sdssl.knn(*features, CPU, 3, 0.2))
+    assert found["top-1"] != sdssl.knn(*features, CPU)
 
 
 def test_labels_are_read_without_the_images():
