@@ -1387,6 +1387,44 @@ def on_each_rank(folder):
         sdssl.train(sdssl.parse_config([*RUN, *flags, "--out", str(folder / str(i))]))
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_train_hands_the_settings_on(bf16, tmp_path, monkeypatch):
+    steps = []
+    views = []
+
+    def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
+        decay = [group["weight_decay"] for group in optimizer.param_groups]
+        steps.append(dict(lr=lr, alpha=alpha, momentum=momentum, bf16=bf16, decay=decay))
+        return dict(loss=torch.tensor(1.0))
+
+    def noted_views(crops, seed, step):
+        if seed != "picture":
+            views.append((crops, seed, step))
+        return (crops / 255).unbind()
+
+    monkeypatch.setattr(sdssl, "train_step", train_step)
+    monkeypatch.setattr(sdssl, "two_views", noted_views)
+    flags = "--device cpu --preset toy --knn-every 0 --max-steps 2 --workers 0".split()
+    flags += "--seed 5 --batch-size 40 --epochs 1 --lr 0.016 --warmup 0.25".split()
+    flags += "--alpha 0.8 --m0 0.7 --weight-decay 0.03 --min-crop 0.9 --img-size 24".split()
+    flags += ["--bf16" if bf16 else "--no-bf16", "--out", str(tmp_path)]
+    sdssl.main(flags)
+
+    total = 4096 // 40
+    peak = 0.016 * 40 / 256
+    source = open_dataset("toy")
+    crops = TrainingCrops(source, torch.arange(4096), 40, size=24, min_crop=0.9, seed=5)
+    for step in range(2):
+        wave = math.cos(math.pi * step / total)  # of the half cosines
+        expected = dict(lr=peak * (step + 1) / (total / 4), alpha=0.4 - 0.4 * wave)
+        expected |= dict(momentum=0.85 - 0.15 * wave, bf16=bf16, decay=[0.03, 0.0])
+        for name, value in expected.items():
+            assert steps[step][name] == pytest.approx(value)
+        assert torch.equal(views[step][0], crops[step][0])
+        assert views[step][1:] == (5, step)
+    assert len(steps) == len(views) == 2
+
+
 @pytest.fixture(scope="module")
 def three_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
