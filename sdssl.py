@@ -2,27 +2,27 @@
 """SDSSL in one file: Self-Distilled Self-supervised Representation Learning (WACV 2023).
 
 A vision transformer learns without labels, by SimCLR, BYOL or MoCo v3: what its last layer says
-about one view of an image should match a target that was made from another view. SDSSL lets every
-lower layer learn from that same target. The whole idea is one equation, Eq. 6 of the paper:
+about one view of an image should match a target that was made from another view of it. SDSSL lets
+every lower layer learn from that same target. The whole idea is one equation, Eq. 6 of the paper:
 
     loss = L_ssl(q_L, z_L)                                     the framework itself, Eqs. 1 and 2
          + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
-         + beta * sum_l L_ssl(predictor_l(sg(h_l)), sg(z_L))   trains predictors only, Eq. 5
+         + beta * sum_{l<=L} L_ssl(predictor_l(sg(h_l)), sg(z_L))  for the predictors alone, Eq. 5
 
-    h_l     layer l's projection, by a projector of its own
+    h_l     layer l's projection of a view, by a projector of its own
     q_l     predictor_l(h_l), layer l's prediction of the target
-    z_L     the target, the last layer's projection by a momentum teacher
-    L_ssl   the framework's loss, between one view's q and the other view's z, both ways
+    z_L     the target: the last layer's projection by the teacher, a moving average of the network
+    L_ssl   the framework's loss: q of view 1 should match z of view 2, plus q of view 2 and z of
+            view 1
     sg      stops the gradient
 
-The first two terms train the backbone and its heads. The paper takes a mean over the lower layers
-in Eq. 3, and a sum over all layers, the last one included, in Eq. 5. SimCLR has neither teacher nor
-predictors: z_L is h_L, q_l is h_l, Eq. 5 has nothing to train, and what remains is Eq. 4:
+The first two terms train the backbone and its heads; the third trains every layer's predictor once
+more, and nothing else. SimCLR has no teacher and no predictors: its target is the other view's own
+last projection. So z_L is h_L, q_l is h_l, the third term has nothing to train, and Eq. 4 remains:
 
     loss = L_ssl(h_L, h_L) + alpha * mean_{l<L} L_ssl(h_l, sg(h_L))
 
-Here, too, a view's h meets the other view's. Only here does sg(z_L) matter, for a momentum teacher
-has no gradient anyway.
+Only SimCLR needs sg around its target, since a teacher gets no gradient anyway.
 
     python sdssl.py                                                # SD-SimCLR on drawn glyphs
     python sdssl.py --framework byol --no-distill                  # plain BYOL
@@ -31,31 +31,26 @@ has no gradient anyway.
 Read from top to bottom. The method comes first: 1 ViT, 2 ranks, 3 heads, 4 losses, 5 objective,
 6 one step. If the method is all you want, stop there. What a run needs follows: 7 views, 8 data,
 9 k-NN, 10 settings, 11 a folder is a run, 12 training; and, beside the method, 13 ResNet and
-Distill-on-the-Go. Parts 1 to 5 need nothing that stands below them: copy freely. "Section", "Eq.",
+Distill-on-the-Go. Parts 1 to 6 need nothing that stands below them: copy freely. "Section", "Eq.",
 "Algorithm" and "Table" are the paper's.
 
-Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, E head output. C is
-the number of layers that have heads: L by default, 1 without distillation, and between them if only
-every n-th layer is distilled. Two views of an image are an axis of length 2: in z of shape (2, B,
-E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) exchanges them.
+Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, C layers with heads
+(usually all L), E outputs of a head. Two views of an image are an axis of length 2: in z of shape
+(2, B, E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) exchanges them.
 """
 
 import argparse
 import contextlib
 import copy
-import errno
-import fcntl
 import json
 import math
 import os
 import random
-import re
-import shutil
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -66,8 +61,8 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -81,15 +76,16 @@ def sincos_2d(dim, height, width):
     """Fixed 2-D sine-cosine positions (height * width, dim), row by row, as in MoCo v3: a quarter
     of the channels each for sin(row), cos(row), sin(column), cos(column). 4 must divide dim."""
     omega = 1 / 10000 ** (torch.arange(dim // 4) / (dim // 4))
-    places = torch.cartesian_prod(torch.arange(height), torch.arange(width))  # (height * width, 2)
-    row, column = (places[:, :, None] * omega).unbind(1)  # (height * width, dim / 4) each
+    row = torch.arange(height).repeat_interleave(width)[:, None] * omega
+    column = torch.arange(width).repeat(height)[:, None] * omega
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=1)
 
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v in every head: q (B, heads, M, d), k and v (B, heads, N, d)."""
-    # the fused kernel, except when training on a CPU, where its backward is slow
-    if q.is_cuda or not q.requires_grad:
+    # torch's fused kernel is faster, but for its backward on CPUs
+    trains_on_cpu = q.requires_grad and not q.is_cuda
+    if not trains_on_cpu:
         return F.scaled_dot_product_attention(q, k, v)
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v
 
@@ -100,8 +96,8 @@ class Block(nn.Module):
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        # attn and mlp are containers, which give their parameters timm's names
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        # two layers under one name, for timm's: attn.qkv, attn.proj
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential()
@@ -110,10 +106,10 @@ class Block(nn.Module):
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def forward(self, x, cls_only=False):
-        """cls_only, for a last block: compute the first token alone, (B, 1, D); it still attends to
-        all N."""
+        """cls_only: return the first token alone, (B, 1, D), which still attends to all N. Enough
+        of a last block whose patches nobody reads; it saves 7 % of a ViT of 12 blocks."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, heads, N, d) each
+        q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))  # (B, heads, N, d) each
         if cls_only:
             q = q[:, :, :1]
             x = x[:, :1]
@@ -127,8 +123,7 @@ class VisionTransformer(nn.Module):
     4.1). Images (B, 3, img_size, img_size) -> a list of L representations (B, D), one per layer.
 
     pool says which tokens represent a layer: "cls" takes [CLS] after the layer's block (the paper),
-    "patches" takes the mean of all other tokens. Either goes through the final LayerNorm, which all
-    layers share.
+    "patches" takes the mean of all other tokens.
 
     Raises ValueError if the patches do not tile the image, if the width is not divisible by the
     number of heads and by 4, or for another pool."""
@@ -143,8 +138,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"width {embed_dim} must be divisible by 4 and by {num_heads} heads")
         if pool not in ("cls", "patches"):
             raise ValueError(f"pool must be cls or patches, not {pool!r}")
+        self.embed_dim = embed_dim
+        self.depth = depth
         self.pool = pool
-        self.widths = [embed_dim] * depth  # of each layer's representation; SDSSL asks for them
         self.recompute = False  # True: run each block again in backward instead of storing it
         grid = img_size // patch_size
         conv = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
@@ -165,7 +161,7 @@ class VisionTransformer(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 fan_out, fan_in = module.weight.flatten(1).shape
                 if name.endswith("qkv"):
-                    fan_out //= 3  # q, k and v are three matrices, which only lie in one
+                    fan_out = fan_out // 3  # each of q, k and v is a matrix of its own
                 bound = math.sqrt(6 / (fan_in + fan_out))
                 nn.init.uniform_(module.weight, -bound, bound)
                 nn.init.zeros_(module.bias)
@@ -176,30 +172,27 @@ class VisionTransformer(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.pos_embed  # (B, N, D)
         layers = []
         for number, block in enumerate(self.blocks, start=1):
-            # nobody looks at the last block's patches, unless they represent the layer
-            cls_only = number == len(self.blocks) and self.pool == "cls"
+            cls_only = number == self.depth and self.pool == "cls"
             if self.recompute:
                 options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is random
                 x = torch.utils.checkpoint.checkpoint(block, x, cls_only, **options)
             else:
                 x = block(x, cls_only)
             pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)  # (B, D)
-            layers.append(self.norm(pooled))
+            layers.append(self.norm(pooled))  # one norm for all layers
         return layers
 
 
-# ---- 2. Ranks: the processes that train together, each on its part of the batch ----
+# ---- 2. Ranks: processes that train together, each on its share of the batch ----
 #
-# R ranks have equally many images each. J_s, the loss that rank s computes, is the mean over the
-# images of rank s, and the loss of the joined batch is J = (J_1 + ... + J_R) / R. But heads and
-# losses see the images of all ranks. So x_r, whatever rank r computes from its own images, is part
-# of the loss of every rank, r included:
+# Several ranks must compute what one process computes on the whole batch. Two things see to it:
+# `gather` gives every rank the x of all ranks, and its backward SUMS the gradients that all ranks
+# have for x; DistributedDataParallel, around the model, AVERAGES the parameters' gradients.
 #
-#     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R
+# Why a sum? Heads and losses see the images of all ranks, so what rank r has computed, x_r, is part
+# of every rank's loss J_s. With R equal shares, the loss of the whole batch is the mean of the J_s:
 #
-# `gather` gives x_r to all ranks, and its backward takes this sum. The division by R is done by
-# DistributedDataParallel, which averages the parameters' gradients over ranks. Together they give
-# the gradient of one process on the joined batch.
+#     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R         the sum is gather's, 1 / R the average's
 
 
 def rank():
@@ -212,7 +205,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# torch 2.14 renamed all_gather_into_tensor, and warns if one uses the older name
+# all_gather_single is what torch 2.14 calls all_gather_into_tensor; it warns of the older name
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -227,10 +220,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # (ranks, ...): how this rank's loss changes with what each rank has given
+        # (ranks, ...): how this rank's loss changes with the x of each rank; all_reduce works in
+        # place, and autograd's own tensor must not change
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # in place; now: how the sum of all ranks' losses does
-        return grad[rank()]
+        dist.all_reduce(grad)  # now: how the sum of all ranks' losses changes
+        return grad[rank()]  # with this rank's x
 
 
 def gather(x):
@@ -240,31 +234,29 @@ def gather(x):
     return _Gather.apply(x.contiguous())
 
 
-# ---- 3. Heads: MLPs side by side; their BatchNorm sees the images of all ranks ----
+# ---- 3. Heads: MLPs whose BatchNorm sees the images of all ranks ----
 
 
-def standardise(x):
+def standardize(x):
     """BatchNorm without scale and shift, in float32. The last axis of x (..., B) is this rank's
     images; mean and variance are those of all ranks' images."""
     x = x.float()
     if world_size() == 1:
-        # LayerNorm over that axis, with BatchNorm's epsilon, is the same thing in one kernel
+        # LayerNorm takes its statistics over the last axis. Here that axis is the images, so that
+        # with BatchNorm's epsilon it is BatchNorm, in one kernel
         return F.layer_norm(x, x.shape[-1:], eps=1e-5)
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     statistics = gather(torch.stack([var, mean]))  # of each rank: (ranks, 2, ..., 1)
     var, mean = statistics.unbind(1)
-    # ranks have equally many images: variance within the ranks, plus variance between them
+    # ranks have equally many images, so that the variance of all images is the mean of the ranks'
+    # variances, plus the variance of their means
     var = var.mean(0) + mean.var(0, correction=0)
     mean = mean.mean(0)
     return (x - mean) * (var + 1e-5).rsqrt()
 
 
 class Heads(nn.Module):
-    """Several MLPs of the same shape, each with weights of its own, computed side by side:
-    (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer's
-    representations of both views. No head is ever evaluated, so BatchNorm's running statistics are
-    not kept. Copy k does what the module below does in training mode, if it is called once for each
-    view, which gives each view BatchNorm statistics of its own:
+    """Copies of this MLP, each with weights of its own, for one layer each:
 
         nn.Sequential(
             nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(),
@@ -272,7 +264,11 @@ class Heads(nn.Module):
             ...,
             nn.Linear(widths[-2], widths[-1], bias=False), nn.BatchNorm1d(widths[-1], affine=False))
 
-    last_bn=False leaves out the last BatchNorm, as BYOL does."""
+    x (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]): copy k computes x[k], the two views
+    of layer k, as if it were called once for each view. All copies are computed at once: one
+    product for the heads of eleven layers keeps a GPU busier than eleven products. BatchNorm's
+    running statistics are not kept, because no head is ever evaluated. last_bn=False leaves out the
+    last BatchNorm, as BYOL does."""
 
     def __init__(self, copies, widths, last_bn=True):
         super().__init__()
@@ -286,16 +282,14 @@ class Heads(nn.Module):
         self.shifts = nn.ParameterList(torch.zeros(copies, width, 1, 1) for width in hidden)
 
     def forward(self, x):
-        # (copies, widths[0], 2, B): images last, as `standardise` wants them, and features before
-        # them, for the product with a weight (out, in)
-        x = x.permute(0, 3, 1, 2)
+        x = x.permute(0, 3, 1, 2)  # (copies, width, 2, B): images last, for `standardize`
         *hidden, last = self.weights
         for weight, scale, shift in zip(hidden, self.scales, self.shifts):
             x = self.linear(weight, x)
-            x = F.relu(standardise(x) * scale + shift)
+            x = F.relu(standardize(x) * scale + shift)
         x = self.linear(last, x)
         if self.last_bn:
-            x = standardise(x)
+            x = standardize(x)
         return x.permute(0, 2, 3, 1)
 
     def linear(self, weight, x):
@@ -307,14 +301,13 @@ class Heads(nn.Module):
 #
 # byol_loss, ctr and nt_xent take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the
 # same B images. An anchor should match its own image's key in the other view. Losses of view 1's
-# anchors and of view 2's are summed, as in Algorithm 1. The result has one value for each leading
-# index (...), here: layers.
+# anchors and of view 2's are summed, as in Algorithm 1. q may have further axes in front, such as
+# layers: the loss then has a value for each of them.
 
 
 def gather_keys(z):
-    """z (..., B, E) of every rank -> (..., ranks * B, E), in float32, differentiable."""
-    z = gather(z.float()).movedim(0, -3)  # (..., ranks, B, E)
-    return z.flatten(-3, -2)
+    """z (2, B, E) of every rank -> (2, ranks * B, E), rank by rank; differentiable."""
+    return gather(z.float()).transpose(0, 1).flatten(1, 2)
 
 
 def similarity(q, keys, tau):
@@ -326,9 +319,9 @@ def similarity(q, keys, tau):
         return (q / tau) @ keys.transpose(-2, -1)
 
 
-def positives(logits):
-    """Each anchor's logit with the key of its own image: (..., B) of logits (..., B, ranks * B).
-    Rank r's own images are columns r * B to r * B + B - 1."""
+def same_image(logits):
+    """A view of logits (..., B, ranks * B): those of each anchor with the key of its own image,
+    (..., B). Rank r's own images are columns r * B to r * B + B - 1."""
     return logits.diagonal(offset=rank() * logits.shape[-2], dim1=-2, dim2=-1)
 
 
@@ -343,30 +336,22 @@ def ctr(q, z, tau=0.2):
     class is the anchor's own image; mean over images, times 2 tau, as in Algorithm 1. Negatives are
     the other view's keys of all other images, on all ranks."""
     logits = similarity(q, gather_keys(z.flip(0)), tau)  # (..., 2, B, ranks * B)
-    cross_entropy = logits.logsumexp(-1) - positives(logits)  # (..., 2, B)
+    cross_entropy = logits.logsumexp(-1) - same_image(logits)  # (..., 2, B)
     return (2 * tau * cross_entropy.mean(-1)).sum(-1)
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss: as `ctr`, but with more negatives, for an anchor also meets the keys of its
-    own view. Among those its own image's key is masked. In plain SimCLR, nt_xent(z, z), it is the
-    anchor itself; for a lower layer's anchor it is the last layer's view of the same image, no
-    negative either. SimCLR has no factor 2 tau, but that is a constant, which AdamW undoes."""
+    """SimCLR's loss: as `ctr`, but an anchor has more negatives, for it also meets the keys of its
+    own view, all but its own image's. That one is masked: in plain SimCLR, nt_xent(z, z), it is the
+    anchor itself, and for a lower layer's anchor it is the last layer's view of the same image.
+    SimCLR has no factor 2 tau; it is a constant, which does not change what AdamW does."""
     keys = gather_keys(z)  # (2, ranks * B, E)
-    across = similarity(q, keys.flip(0), tau)  # with the other view's keys: (..., 2, B, ranks * B)
-    within = similarity(q, keys, tau)  # with those of the anchor's own view
-    positives(within).fill_(-torch.inf)  # in place: the same image's key is no negative
-    total = torch.logaddexp(across.logsumexp(-1), within.logsumexp(-1))
-    cross_entropy = total - positives(across)  # (..., 2, B)
+    other_view = similarity(q, keys.flip(0), tau)  # (..., 2, B, ranks * B)
+    own_view = similarity(q, keys, tau)
+    same_image(own_view).fill_(-torch.inf)  # no negative: exp(-inf) adds nothing below
+    total = torch.logaddexp(other_view.logsumexp(-1), own_view.logsumexp(-1))
+    cross_entropy = total - same_image(other_view)  # (..., 2, B)
     return 2 * tau * cross_entropy.mean(-1).sum(-1)
-
-
-def spread(x):
-    """Shows collapse: root mean square distance of representations x (M, D), on the unit sphere,
-    from their mean, over all ranks. It is 0 if all images have become one point."""
-    mean = gather(F.normalize(x.float()).mean(0)).mean(0)
-    # for unit vectors u, the mean of |u - mean|^2 is 1 - |mean|^2
-    return (1 - mean.norm() ** 2).clamp(min=0).sqrt()
 
 
 # ---- 5. The objective: Algorithm 1, for all three frameworks ----
@@ -380,15 +365,10 @@ class SDSSL(nn.Module):
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
     BYOL and MoCo v3 need predictors near their optimum, and Eq. 3 alone teaches those of lower
-    layers too little (section 3.2).
+    layers too little (section 3.2). README says what that term can do under AdamW.
 
-    What we add to the paper: a lower predictor gets the same gradient from Eq. 3, times
-    alpha / (C - 1), and from Eq. 5, times beta. AdamW undoes a factor that stays constant (up to
-    its eps). So Eq. 5 matters only while alpha changes, and most at the start, where alpha is 0.
-    README has the argument under "What Eq. 5 can do under AdamW".
-
-    backbone: a module with `widths`, one per layer, of which the last is the largest, whose forward
-        returns a list of representations (B, width), one per layer
+    backbone: a module with `depth` (L) and `embed_dim` (D), whose forward takes images
+        (B, 3, H, W) and returns a list of L representations (B, D)
     hidden_dim: of the last projector and of all predictors; the lower projectors have half of it
     out_dim: E
     tau: temperature of the contrastive losses
@@ -396,92 +376,68 @@ class SDSSL(nn.Module):
     every: distil only every n-th layer, counted from the last one (Table 6)
     mid_layers: number of linear layers in the lower projectors; the paper has 3, or 2 (Table 6)
 
-    Raises ValueError for what cannot be built, and in the first step if the backbone returns other
-    widths than it announces."""
+    Raises ValueError for what cannot be built."""
 
     def __init__(self, backbone, framework="simclr", distill=True, hidden_dim=4096, out_dim=256,
                  tau=0.2, beta=1.0, every=1, mid_layers=3):  # fmt: skip
         super().__init__()
-        L = len(backbone.widths)
-        width = backbone.widths[-1]
+        L = backbone.depth
+        D = backbone.embed_dim
         if framework not in FRAMEWORKS:
             raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {framework!r}")
-        if max(backbone.widths) > width:
-            raise ValueError(f"the last layer must be the widest, but widths are {backbone.widths}")
         if distill and L == 1:
             raise ValueError("one layer has none below it to distil: choose plain, --no-distill")
         if distill and not 1 <= every < L:
             raise ValueError(f"every must be from 1 to {L - 1} with {L} layers, not {every}")
         self.framework = framework
         self.distill = distill
+        self.has_teacher = framework != "simclr"
         self.tau = tau
         self.beta = beta
-        batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-        # with BatchNorm, as in a ResNet, `represent` keeps the views apart
-        self.batch_norm = any(isinstance(module, batch_norms) for module in backbone.modules())
-        if distill:
-            # indices: with every=4 of 12 layers 3, 7 and 11
-            self.with_heads = list(range((L - 1) % every, L, every))
-        else:
-            self.with_heads = [L - 1]
+        # layers with heads, from 0: with every=4 of 12 layers 3, 7 and 11
+        from_last_down = range(L - 1, -1, -every) if distill else [L - 1]
+        self.with_heads = sorted(from_last_down)
         # the plain framework first: distilled or not, it starts from the same random numbers
         last_bn = framework != "byol"
         self.backbone = backbone
-        self.projector = Heads(1, [width, hidden_dim, hidden_dim, out_dim], last_bn)
-        self.predictor = None
-        self.teacher = None
-        self.teacher_projector = None
-        self.mid_projectors = None
-        self.mid_predictors = None
-        if framework != "simclr":
+        self.projector = Heads(1, [D, hidden_dim, hidden_dim, out_dim], last_bn)
+        if self.has_teacher:
             self.predictor = Heads(1, [out_dim, hidden_dim, out_dim], last_bn)
             self.teacher = copy.deepcopy(backbone).requires_grad_(False)
             self.teacher_projector = copy.deepcopy(self.projector).requires_grad_(False)
         if distill:
-            mid = len(self.with_heads) - 1
-            hidden = [hidden_dim // 2] * (mid_layers - 1)
-            self.mid_projectors = Heads(mid, [width, *hidden, out_dim], last_bn)
-            if framework != "simclr":
-                self.mid_predictors = Heads(mid, [out_dim, hidden_dim, out_dim], last_bn)
-
-    def represent(self, backbone, x):
-        """Both views x (2B, 3, H, W) -> L representations (2B, D)."""
-        if not self.batch_norm:
-            return backbone(x)
-        view1, view2 = x.chunk(2)  # a ResNet's BatchNorm must not mix the views
-        return [torch.cat(pair) for pair in zip(backbone(view1), backbone(view2))]
-
-    def apply_heads(self, mid_heads, last_head, x):
-        """x (C, 2, B, ...): the last layer through its own head, those below it through theirs."""
-        if not self.distill:
-            return last_head(x)
-        return torch.cat([mid_heads(x[:-1]), last_head(x[-1:])])
+            lower = len(self.with_heads) - 1
+            half = [hidden_dim // 2] * (mid_layers - 1)
+            self.mid_projectors = Heads(lower, [D, *half, out_dim], last_bn)
+        if distill and self.has_teacher:
+            self.mid_predictors = Heads(lower, [out_dim, hidden_dim, out_dim], last_bn)
 
     def project(self, layers):
-        """L representations (2B, D) -> h (C, 2, B, E), by the projectors of the C layers with
-        heads. A ResNet's narrower stages are padded with zeros to the last one's width, so that all
-        can be stacked."""
-        widths = [layer.shape[1] for layer in layers]
-        if widths != list(self.backbone.widths):
-            raise ValueError(f"a backbone of widths {self.backbone.widths} returns {widths}")
-        chosen = [F.pad(layers[i], (0, widths[-1] - widths[i])) for i in self.with_heads]
-        x = torch.stack(chosen).unflatten(1, (2, -1))  # (C, 2, B, D)
-        return self.apply_heads(self.mid_projectors, self.projector, x)
+        """L representations (2B, D) -> h (C, 2, B, E), by the projectors of the layers that have
+        some."""
+        x = torch.stack([layers[i] for i in self.with_heads])
+        x = x.unflatten(1, (2, -1))  # (C, 2, B, D)
+        if not self.distill:
+            return self.projector(x)
+        return torch.cat([self.mid_projectors(x[:-1]), self.projector(x[-1:])])
 
     def predict(self, h):
         """h (C, 2, B, E) -> q (C, 2, B, E), by a predictor for each layer; with SimCLR q is h."""
         if self.framework == "simclr":
             return h
-        return self.apply_heads(self.mid_predictors, self.predictor, h)
+        if not self.distill:
+            return self.predictor(h)
+        return torch.cat([self.mid_predictors(h[:-1]), self.predictor(h[-1:])])
 
     @torch.no_grad()
     def target(self, x):
-        """Both views x (2B, 3, H, W) -> z (2, B, E), the momentum teacher's last projection."""
-        last = self.represent(self.teacher, x)[-1].unflatten(0, (2, -1))  # (2, B, D)
-        return self.teacher_projector(last[None])[0]
+        """Both views x (2B, 3, H, W) -> z (2, B, E), the teacher's last projection."""
+        last = self.teacher(x)[-1].unflatten(0, (2, -1))  # (2, B, D)
+        [z] = self.teacher_projector(last[None])
+        return z
 
     def L_ssl(self, q, z):
-        """The framework's loss between q (C, 2, B, E) and z (2, B, E), see part 4 -> (C,)."""
+        """The framework's loss of part 4, between q (..., 2, B, E) and z (2, B, E) -> (...)."""
         if self.framework == "simclr":
             return nt_xent(q, z, self.tau)
         if self.framework == "byol":
@@ -492,25 +448,26 @@ class SDSSL(nn.Module):
         """Algorithm 1 up to the loss, on two views (B, 3, H, W) of the same images. alpha is the
         weight of Eq. 3; training raises it from 0. Returns a dict; all but `h` are scalars:
 
-        loss: to be minimised
+        loss: to be minimized
         ssl, isd, pred: its three terms before they are weighted, without gradient: the framework's,
             intermediate self-distillation, and the predictors'
         spread: of the last layer's representations; near 0 they have collapsed
         h: the last layer's projections (2, B, E), with gradient, for Distill-on-the-Go (part 13)"""
         x = torch.cat([x1, x2])  # (2B, 3, H, W)
-        layers = self.represent(self.backbone, x)  # L x (2B, D)
+        layers = self.backbone(x)  # L x (2B, D)
         h = self.project(layers)  # (C, 2, B, E)
         q = self.predict(h)  # (C, 2, B, E)
-        z = h[-1] if self.framework == "simclr" else self.target(x)  # (2, B, E)
+        z = self.target(x) if self.has_teacher else h[-1]  # (2, B, E)
 
-        loss_ssl = self.L_ssl(q[-1:], z)[0]  # Eqs. 1 and 2
+        loss_ssl = self.L_ssl(q[-1], z)  # Eqs. 1 and 2
         loss_isd = torch.zeros_like(loss_ssl)
         loss_pred = torch.zeros_like(loss_ssl)
         if self.distill:
             # sg(z): in SimCLR z is h[-1], which must not follow the lower layers
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
-        if self.distill and self.framework != "simclr":
-            # sg(h): the values of q again, but of a graph that ends at the predictors
+        if self.distill and self.has_teacher:
+            # sg(h): the predictors compute q once more, from an h that ends the way back. Backward
+            # then reaches the predictors alone
             loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
@@ -519,21 +476,29 @@ class SDSSL(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, m):
-        """Algorithm 1's momentum_update(), after the optimiser's step: each of the teacher's
-        parameters becomes m times itself plus 1 - m times the student's. SimCLR has no teacher. A
+        """Algorithm 1's momentum_update(), after the optimizer's step: each of the teacher's
+        parameters becomes m times itself plus 1 - m times the student's. Does nothing in SimCLR. A
         ResNet teacher's BatchNorm keeps statistics of its own, of the images it sees."""
-        if self.framework == "simclr":
-            return
-        student = [*self.backbone.parameters(), *self.projector.parameters()]
-        teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
-        # teacher.lerp_(student, 1 - m), for all of them at once; the last argument is not used
-        get_ema_multi_avg_fn(decay=m)(teacher, student, None)
+        if self.has_teacher:
+            student = [*self.backbone.parameters(), *self.projector.parameters()]
+            teacher = [*self.teacher.parameters(), *self.teacher_projector.parameters()]
+            for of_teacher, of_student in zip(teacher, student):
+                of_teacher.lerp_(of_student, 1 - m)
 
     @property
     def networks(self):
-        """The backbones worth keeping, by name. SimCLR has one, which goes by both names."""
-        teacher = self.backbone if self.teacher is None else self.teacher
+        """The backbones worth keeping, by name. SimCLR's only one stands under both names, so that
+        whoever asks for the teacher gets what there is."""
+        teacher = self.teacher if self.has_teacher else self.backbone
         return dict(teacher=teacher, student=self.backbone)
+
+
+def spread(x):
+    """Root mean square distance of representations x (M, D), on the unit sphere, from their mean,
+    over all ranks: 0 if all images have collapsed to one point."""
+    mean = gather(F.normalize(x.float()).mean(0)).mean(0)
+    # for unit vectors u, the mean of |u - mean|^2 is 1 - |mean|^2
+    return (1 - mean.norm() ** 2).clamp(min=0).sqrt()
 
 
 # ---- 6. One step: the schedules, and a turn of Algorithm 1's loop ----
@@ -545,31 +510,31 @@ def cosine(start, end, t):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear over `warmup_steps` to `peak`, then half a cosine to 0 at step `total`."""
+    """Linear over `warmup_steps`, which may be a fraction such as 2.5, to `peak`; then half a
+    cosine to 0 at step `total`."""
     if step < warmup_steps:
-        return peak * min(1, (step + 1) / warmup_steps)  # which may be 2.5
+        return peak * min(1, (step + 1) / warmup_steps)
     return cosine(peak, 0, (step - warmup_steps) / (total - warmup_steps))
 
 
-def schedules(config, step, total):
+def schedules(step, total, warmup_steps, peak, alpha, anneal, m0):
     """Learning rate, alpha and the teacher's momentum at `step`, which counts from 0 to total - 1.
-    Of config (Recipe in part 10) it reads lr, batch_size, warmup, alpha, anneal and m0."""
-    peak = config.lr * config.batch_size / 256
-    lr = learning_rate(step, total, config.warmup * total, peak)
+    peak: of the learning rate. alpha: at the end, or always without anneal. m0: at the start."""
+    lr = learning_rate(step, total, warmup_steps, peak)
     # section 4.5: the last layer is worth following only once it has learned something itself
-    alpha = cosine(0, config.alpha, step / total) if config.anneal else config.alpha
-    momentum = cosine(config.m0, 1, step / total)
+    alpha = cosine(0, alpha, step / total) if anneal else alpha
+    momentum = cosine(m0, 1, step / total)
     return lr, alpha, momentum
 
 
 def parameter_groups(model, weight_decay):
-    """What learns, for the optimiser: weight decay on matrices, none on biases, norms and [CLS]."""
+    """What learns, for the optimizer: weight decay on matrices, none on biases, norms and [CLS]."""
     decayed = []
     spared = []
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # [CLS] and the norms of Heads have several axes, but are vectors
+        # some vectors have several axes: [CLS], and the norms of Heads (a row a copy)
         vector = p.ndim < 2 or "cls_token" in name or "scales" in name or "shifts" in name
         if vector:
             spared.append(p)
@@ -595,6 +560,9 @@ def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
 
 
 # ---- 7. Views: every random number follows from seed, step and an image's place in the batch ----
+#
+# torchvision's transforms change one image at a time. Here only crops are cut on the CPU (part 8);
+# everything else changes the whole batch at once, on the device, each image by its own numbers.
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -606,30 +574,29 @@ VIEWS = (
 
 
 def seeded(*key):
-    """A generator whose numbers follow from `key` alone. It is the CPU's, so that views are the
-    same on every device."""
-    number = random.Random(repr(key)).getrandbits(63)  # seeded by a hash that never changes
+    """A generator whose numbers follow from `key` alone, a seed and words that say what for. It is
+    the CPU's, so that views are the same on every device."""
+    number = random.Random(repr(key)).getrandbits(63)  # a text as seed gives the same everywhere
     return torch.Generator().manual_seed(number)
 
 
 def normalize_pixels(x):
-    """x (B, 3, H, W) in [0, 1], normalised by ImageNet's mean and standard deviation."""
+    """x (B, 3, H, W) in [0, 1], normalized by ImageNet's mean and standard deviation."""
     return (x - MEAN.to(x.device, non_blocking=True)) / STD.to(x.device, non_blocking=True)
 
 
 def shift_hue(x, shift):
-    """Turn the hue of x (B, 3, H, W) in [0, 1] by shift (B, 1, 1, 1), a part of the circle;
-    torchvision can only turn a whole batch by one angle. In HSV a colour is its value (the largest
-    channel), its chroma (largest minus smallest) and its hue, in sixths of a turn, where
-    red is 0, green 2 and blue 4."""
+    """torchvision's adjust_hue on x (B, 3, H, W) in [0, 1], but with a shift (B, 1, 1, 1) for each
+    image, in parts of the circle: in HSV, add it to the hue. The tests hold it against torchvision.
+    The conversions are the ones that en.wikipedia.org/wiki/HSL_and_HSV derives."""
     r, g, b = x.unbind(1)
     value = x.amax(1)
     chroma = value - x.amin(1)
-    c = chroma + 1e-9  # grey has no chroma, and may have any hue
+    # hue in sixths of the circle, where red is 0, green 2 and blue 4. Gray has none: any will do
+    c = chroma + 1e-9
     hue = torch.where(value == g, 2 + (b - r) / c, 4 + (r - g) / c)
     hue = torch.where(value == r, (g - b) / c, hue)
-    # Back to RGB: with k = (turned hue + n) mod 6, and n = 5, 3, 1 for red, green, blue, a channel
-    # is value - chroma * max(0, min(k, 4 - k, 1)): high for a third of the circle, low for another
+    # back to RGB ("HSV to RGB alternative" there), with n = 5, 3, 1 for red, green, blue
     n = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
     k = (hue[:, None] + 6 * shift + n) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
@@ -658,57 +625,59 @@ def gaussian_blur(x, sigma, radius):
     """Blur x (B, 3, H, W) with sigma (B, 1, 1, 1) pixels; 2 radius + 1 taps, borders reflected."""
     offsets = torch.arange(-radius, radius + 1, device=x.device)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)  # (B, 1, 1, taps)
-    kernel = (kernel / kernel.sum(-1, keepdim=True)).repeat_interleave(3, 0)  # for every channel
-    blurred = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)
-    blurred = blurred[None]  # (1, 3B, ...): each channel is a group of the convolution
+    kernel = kernel / kernel.sum(-1, keepdim=True)
+    # each image has a kernel of its own: to conv2d the batch is one image of 3B channels, each of
+    # which is a group with the kernel of its image
+    kernel = kernel.repeat_interleave(3, 0)  # (3B, 1, 1, taps)
+    blurred = F.pad(x, [radius] * 4, mode="reflect").flatten(0, 1)[None]  # (1, 3B, ...)
     blurred = F.conv2d(blurred, kernel, groups=len(kernel))  # along rows
     blurred = F.conv2d(blurred, kernel.transpose(-2, -1), groups=len(kernel))  # along columns
     return blurred.view_as(x)
 
 
-def augment(x, blur, solarize, generator, part=0, parts=1):
+def augment(x, blur, solarize, generator, share=0, shares=1):
     """A random view of each image by BYOL's recipe (BYOL's own Table 6), which MoCo v3 uses, too:
     crops x (B, 3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: on
-    the CPU. x may be one of several equal parts of a batch, numbered from 0: random numbers are
+    the CPU. x may be one of several equal shares of a batch, numbered from 0: random numbers are
     drawn for the whole batch, so that views do not depend on how it is divided."""
 
     def uniform(low, high):
-        numbers = torch.rand(parts, len(x), 1, 1, 1, generator=generator)
-        return low + (high - low) * numbers[part]  # (B, 1, 1, 1)
+        numbers = torch.rand(shares, len(x), 1, 1, 1, generator=generator)
+        return low + (high - low) * numbers[share]  # (B, 1, 1, 1)
 
-    def sometimes(probability, change, *strengths):
-        """Change each image of x with this probability, by its own strengths (B, 1, 1, 1)."""
+    def sometimes(x, probability, change, *strengths):
+        """x with each image changed with this probability, by its own strengths (B, 1, 1, 1)."""
         coins = uniform(0, 1) < probability
         chosen = coins.flatten().nonzero()[:, 0]  # known on the CPU: no waiting for the device
         if len(chosen) == 0:
-            return
+            return x
         strengths = [s[chosen].to(x.device, non_blocking=True) for s in strengths]
         chosen = chosen.to(x.device, non_blocking=True)
-        x[chosen] = change(x[chosen], *strengths)
+        return x.index_copy(0, chosen, change(x[chosen], *strengths))
 
-    x = x.clone()  # which `sometimes` changes
-    scale = x.shape[-1] / 224  # the recipe's blur is in pixels of a 224-pixel view
     order = torch.randperm(4, generator=generator).tolist()
     jitter = partial(color_jitter, order=order)
-    brightness, contrast = uniform(0.6, 1.4), uniform(0.6, 1.4)
-    saturation, hue = uniform(0.8, 1.2), uniform(-0.1, 0.1)
-    sometimes(0.8, jitter, brightness, contrast, saturation, hue)
-    sometimes(0.2, partial(TF.rgb_to_grayscale, num_output_channels=3))
+    brightness = uniform(0.6, 1.4)
+    contrast = uniform(0.6, 1.4)
+    saturation = uniform(0.8, 1.2)
+    hue = uniform(-0.1, 0.1)
+    x = sometimes(x, 0.8, jitter, brightness, contrast, saturation, hue)
+    x = sometimes(x, 0.2, partial(TF.rgb_to_grayscale, num_output_channels=3))
+    scale = x.shape[-1] / 224  # the recipe's blur is in pixels of a 224-pixel view
     sigma = scale * uniform(0.1, 2.0)
     radius = math.ceil(6 * scale)  # three times the largest sigma
-    sometimes(blur, partial(gaussian_blur, radius=radius), sigma)
-    sometimes(solarize, partial(TF.solarize, threshold=0.5))
-    sometimes(0.5, TF.horizontal_flip)
-    return x
+    x = sometimes(x, blur, partial(gaussian_blur, radius=radius), sigma)
+    x = sometimes(x, solarize, partial(TF.solarize, threshold=0.5))
+    return sometimes(x, 0.5, TF.horizontal_flip)
 
 
 def two_views(crops, seed, step):
-    """This rank's crops of the step, uint8 (2, B, 3, H, W) -> augmented, normalised x1, x2 (B, 3,
+    """This rank's crops of the step, uint8 (2, B, 3, H, W) -> augmented, normalized x1, x2 (B, 3,
     H, W)."""
     views = []
     for number, x in enumerate(crops / 255):
         generator = seeded("view", seed, step, number)
-        x = augment(x, **VIEWS[number], generator=generator, part=rank(), parts=world_size())
+        x = augment(x, **VIEWS[number], generator=generator, share=rank(), shares=world_size())
         views.append(normalize_pixels(x))
     return views
 
@@ -716,8 +685,9 @@ def two_views(crops, seed, step):
 def random_box(tries, height, width, min_area):
     """A random crop's top, left, height and width, as torchvision's RandomResizedCrop draws it: the
     area is uniform from `min_area` to 1 (parts of the image's area), the logarithm of the aspect
-    uniform from log 3/4 to log 4/3. tries: four numbers in [0, 1) for each attempt; the first box
-    that fits is taken. If none does, the last one is cut to fit (torchvision takes the centre)."""
+    uniform from log 3/4 to log 4/3. tries: four numbers in [0, 1) for each attempt, of which the
+    first that fits is taken; drawn by the caller, as many for an image that needs one attempt as
+    for one that needs ten. If none fits, the last is cut to fit (torchvision takes the center)."""
     for u_area, u_aspect, u_top, u_left in tries:
         area = (min_area + (1 - min_area) * u_area) * height * width
         aspect = (3 / 4) ** (1 - 2 * u_aspect)
@@ -737,22 +707,10 @@ class UserError(Exception):
     """Something the user can change: one line on the command line, and exit code 2."""
 
 
-@contextlib.contextmanager
-def as_user_error(what, *kinds):
-    """Exceptions of these kinds, raised inside, become a UserError: one line with all they say."""
-    try:
-        yield
-    except torch.OutOfMemoryError:  # a RuntimeError, for which `run_or_explain` has better words
-        raise
-    except kinds as error:
-        reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error))  # torch.load's has terminal colours
-        raise UserError(f"{what}: {' '.join(reason.split())}") from error
-
-
 def draw_glyphs(n, seed):
-    """The toy set, n times (PIL image of 32 pixels, class): grey flowers. The class is the number
-    of petals, 0 to 4, and whether there is a hole. They are grey (but for noise) because instance
-    discrimination would look at colours rather than at shapes."""
+    """The toy set, n times (PIL image of 32 pixels, class): gray flowers. The class is the number
+    of petals, 0 to 4, and whether there is a hole. They are gray (but for noise) because instance
+    discrimination would look at colors rather than at shapes."""
     generator = seeded("glyphs", seed)
 
     def uniform(low, high):
@@ -775,7 +733,7 @@ def draw_glyphs(n, seed):
 
 
 # name: torchvision's class, the argument that chooses a part, and its values for pretraining,
-# labelled training and validation; another set is one line more
+# labeled training and validation; another set is one line more
 SETS = {
     "cifar10": ("CIFAR10", "train", True, True, False),
     "cifar100": ("CIFAR100", "train", True, True, False),
@@ -787,39 +745,32 @@ SETS = {
 PARTS = ("pretrain", "train", "val")
 
 
-def is_named(data):
-    """Whether `data` is a set's name, and not a folder's, which "./toy" would be."""
-    return data == "toy" or data in SETS
+class ImageFiles:
+    """Images below a folder, at any depth: (PIL image, class). The class is the first folder on the
+    way to an image. Hidden files and folders are left out (macOS leaves ._photo.jpg beside
+    photo.jpg). Raises UserError if there are no images."""
 
+    def __init__(self, root):
+        self.paths = []
+        class_names = []  # of each image
+        for folder, below, names in os.walk(root, followlinks=True):
+            below[:] = sorted(name for name in below if not name.startswith("."))  # walked next
+            way = Path(folder).relative_to(root).parts
+            for name in sorted(names):
+                if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+                    self.paths.append(os.path.join(folder, name))
+                    class_names.append(way[0] if way else "no folder")
+        if not self.paths:
+            raise UserError(f"{root} holds no images ({' '.join(IMG_EXTENSIONS)})")
+        self.classes = sorted(set(class_names))
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = [numbers[name] for name in class_names]
 
-@lru_cache(maxsize=None)
-def holds_a_run(folder):
-    """Whether a folder is a run's, whose pictures are not data."""
-    return (folder / "log.jsonl").exists()
+    def __len__(self):
+        return len(self.paths)
 
-
-class ImageFolder(torchvision.datasets.ImageFolder):
-    """Images below a folder, at any depth. labelled: each folder directly below is a class;
-    otherwise all images are of class 0. Hidden files and folders (macOS leaves ._photo.jpg beside
-    photo.jpg) and those of runs are left out. Raises OSError if there are no images."""
-
-    def __init__(self, root, labelled):
-        self.labelled = labelled
-        super().__init__(root, loader=Image.open, is_valid_file=partial(self.is_data, Path(root)))
-
-    @staticmethod
-    def is_data(root, path):
-        below = Path(path).relative_to(root)
-        hidden = any(part.startswith(".") for part in below.parts)
-        is_image = below.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS
-        return is_image and not hidden and not holds_a_run(Path(path).parent)
-
-    def find_classes(self, directory):
-        if not self.labelled:
-            return ["."], {".": 0}
-        names, _ = super().find_classes(directory)
-        classes = [name for name in names if not name.startswith(".")]
-        return classes, {name: number for number, name in enumerate(classes)}
+    def __getitem__(self, i):
+        return Image.open(self.paths[i]), self.labels[i]
 
 
 def open_named(data, part):
@@ -835,28 +786,29 @@ def open_named(data, part):
     return dataset("data", **chosen)
 
 
+def has_parts(data):
+    """Whether `data` has a training and a validation part: a named set has, and a folder with
+    val/."""
+    return data == "toy" or data in SETS or (Path(data) / "val").is_dir()
+
+
 def open_dataset(data, part="pretrain"):
-    """The part "pretrain" (labels unused), "train" or "val" of `data`: "toy", one of SETS, or a
-    folder. Raises UserError if there is no such thing."""
+    """The part "pretrain" (whose classes nobody reads), "train" or "val" of `data`: "toy", one of
+    SETS, or a folder, which is pretrained on as a whole if it has no parts. Raises UserError for
+    what is not there."""
     if data == "toy":
         return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
-    with as_user_error(f"--data {data}: no {part} images", OSError, RuntimeError, ValueError):
-        if data in SETS:
-            return open_named(data, part)
-        folder = Path(data)
-        if not folder.is_dir():
-            raise ValueError(f"no such folder, and none of toy, {', '.join(SETS)}")
-        if part != "pretrain":
-            if not (folder / part).is_dir():
-                raise ValueError(f"it needs {part}/ with a folder for each class")
-            return ImageFolder(folder / part, labelled=True)
-        if (folder / "train").is_dir():
-            folder = folder / "train"
-        return ImageFolder(folder, labelled=False)
+    if data in SETS:
+        return open_named(data, part)
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data}: no such folder, and none of toy, {', '.join(SETS)}")
+    if part == "pretrain" and not has_parts(data):
+        return ImageFiles(data)
+    return ImageFiles(Path(data) / ("val" if part == "val" else "train"))
 
 
 def to_rgb(image):
-    """A PIL image as people see it, in mode RGB: upright, transparency on white, 16-bit grey as 8.
+    """A PIL image as people see it, in mode RGB: upright, transparency on white, 16-bit gray as 8.
     Raises ValueError for floating-point pixels, of which nobody knows which value is white."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
@@ -871,12 +823,14 @@ def to_rgb(image):
 
 
 def read_image(source, i):
-    """Image i of a dataset as RGB, and its class. Raises UserError, with its name, if broken."""
-    name = source.samples[i][0] if hasattr(source, "samples") else i
-    # any exception: each of PIL's decoders has its own
-    with as_user_error(f"unreadable image {name}", Exception):
+    """Image i of a dataset in RGB, and its class. Raises UserError, with its name, if broken."""
+    name = f"image {i}"
+    try:
         image, label = source[i]
+        name = getattr(image, "filename", name)
         return to_rgb(image), label
+    except Exception as error:  # each of PIL's decoders has its own
+        raise UserError(f"{name} is unreadable: {error}") from error
 
 
 @lru_cache(maxsize=1)  # a whole epoch asks for the same one
@@ -887,69 +841,63 @@ def shuffled(n, *key):
 
 @dataclass
 class TrainingCrops:
-    """The training set, indexed by the step and not by the image: dataset[step] is this rank's part
-    of the step's whole batch, already cropped. It depends on the step alone, so that workers may
-    read in any order.
+    """The training set, indexed by the step and not by the image: dataset[step] is this rank's
+    share of the step's whole batch, already cropped. Since it follows from the step alone, a run
+    can go on at any step, workers may read in any order, and ranks need not agree who reads what.
 
-    Returns uint8 crops (crops, B, 3, size, size), the images' indices in `source` (B,), and
-    complaints about unreadable images, a list of str; other images stand in for those. Raises
-    UserError if there are fewer images than a batch needs, if the batch cannot be divided among the
-    ranks, or if a hundred images in a row are unreadable.
-
-    Pretraining takes two crops of all images. eval_linear.py takes one crop of a part of them, and
-    needs the indices for their labels."""
+    Returns uint8 crops (crops, B, 3, size, size) and the images' classes (B,). An unreadable image
+    is named in a warning, and another one takes its place. Raises UserError if there are fewer
+    images than a batch needs, if the batch cannot be divided among the ranks, or if a hundred
+    images in a row are unreadable."""
 
     source: object  # a dataset of (PIL image, class)
-    indices: torch.Tensor  # of the images to train on, in `source`
-    batch_size: int  # global
+    batch_size: int  # over all ranks
     size: int  # pixels
     min_crop: float  # smallest crop, part of the image's area
     seed: int
-    crops: int = 2  # of each image
+    crops: int = 2  # of each image; eval_linear.py takes one
 
     def __post_init__(self):
         if self.batch_size % world_size():
             raise UserError(f"--batch-size must be a multiple of {world_size()} ranks")
-        if len(self.indices) < self.batch_size:
-            what = f"{len(self.indices)} images do not fill a batch of {self.batch_size}"
+        if len(self.source) < self.batch_size:
+            what = f"{len(self.source)} images do not fill a batch of {self.batch_size}"
             raise UserError(f"{what}: give more, or a smaller --batch-size (at least 2)")
-        self.steps_per_epoch = len(self.indices) // self.batch_size
+        self.steps_per_epoch = len(self.source) // self.batch_size
         share = self.batch_size // world_size()
-        # our part of each batch; kept, because worker processes do not know their rank
+        # our share of each batch; kept, because worker processes do not know their rank
         self.ours = slice(rank() * share, (rank() + 1) * share)
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.steps_per_epoch)
-        order = shuffled(len(self.indices), "order", self.seed, epoch)
-        chosen = self.indices[order[batch * self.batch_size :][self.ours]]
+        order = shuffled(len(self.source), "order", self.seed, epoch)
+        whole_batch = order[batch * self.batch_size :][: self.batch_size]
         generator = seeded("crops", self.seed, step)
-        # 10 tries for each crop of each image of the global batch, see random_box
-        u = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)[self.ours]
-        read = []
+        # 10 tries for each crop of each image of the whole batch, see random_box
+        tries = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)
         crops = []
-        complaints = []
-        for index, tries_of_crops in zip(chosen.tolist(), u.tolist()):
-            image, index = self.read(index, step, complaints)
-            read.append(index)
+        labels = []
+        for i, tries_of_crops in zip(whole_batch[self.ours].tolist(), tries[self.ours].tolist()):
+            image, label = self.read(i, step)
+            labels.append(label)
             x = TF.pil_to_tensor(image)[None]
-            for tries in tries_of_crops:
-                crops.append(self.crop(x, tries))
+            for tries_of_crop in tries_of_crops:
+                crops.append(self.crop(x, tries_of_crop))
         crops = torch.cat(crops).unflatten(0, (-1, self.crops))  # (B, crops, 3, size, size)
-        crops = crops.transpose(0, 1)
-        return crops, torch.tensor(read), complaints
+        return crops.transpose(0, 1), torch.tensor(labels)
 
-    def read(self, index, step, complaints):
-        """This image and its index. If it cannot be read, add to the complaints and try another,
-        drawn at random: broken files often lie side by side, and must not all have one stand-in."""
+    def read(self, i, step):
+        """Image i and its class; or, if it is unreadable, those of another one, drawn at random:
+        broken files often lie side by side, and must not all have one stand-in."""
         for attempt in range(100):
             try:
-                return read_image(self.source, index)[0], index
+                return read_image(self.source, i)
             except UserError as error:
-                complaints.append(str(error))
-            generator = seeded("another", self.seed, step, index, attempt)
-            drawn = torch.randint(len(self.indices), (), generator=generator)
-            index = int(self.indices[drawn])
-        raise UserError(f"100 images in a row are unreadable, the last one: {complaints[-1]}")
+                complaint = str(error)
+            warnings.warn(f"{complaint}: another image takes its place")
+            generator = seeded("another", self.seed, step, i, attempt)
+            i = int(torch.randint(len(self.source), (), generator=generator))
+        raise UserError(f"100 images in a row are unreadable, the last one: {complaint}")
 
     def crop(self, x, tries):
         """A random part of x (1, 3, H, W), resized: (1, 3, size, size)."""
@@ -960,10 +908,11 @@ class TrainingCrops:
 
 
 @dataclass
-class CentreCrops:
+class CenterCrops:
     """For evaluation: dataset[i] is image i as uint8 (3, size, size), and its class. The shorter
-    side is resized to 8/7 of the size (256 for 224), bicubically as DINO does; then the centre is
-    cut out. An image that has the size already is left alone."""
+    side is resized to 8/7 of the size (256 for 224), bicubically as DINO does; then the center is
+    cut out. An image that has the size already is left alone. Raises UserError if it is unreadable,
+    for no other image can answer for it."""
 
     source: object  # a dataset of (PIL image, class)
     size: int  # pixels
@@ -980,20 +929,35 @@ class CentreCrops:
         return TF.pil_to_tensor(image), label
 
 
-def check_shared_memory(size, workers, batches=math.inf):
-    """Worker processes hand their batches, of `size` bytes, over in /dev/shm, two a worker ahead of
-    time, and `batches` at most. Raises UserError if what all ranks of this machine have waiting is
-    more than it holds (Docker's has 64 MB): torch would say so in a worker's traceback, and then
-    wait for ever."""
-    if workers == 0 or not Path("/dev/shm").is_dir():
-        return
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ahead = min(2 * workers, batches)
-    needed = size * ahead * ranks_here / 1e9
-    there = shutil.disk_usage("/dev/shm").total / 1e9
-    if needed > there:
-        what = f"{workers} workers need {needed:.2f} GB of shared memory"
-        raise UserError(f"{what}, /dev/shm has {there:.2f}: fewer --workers, or --shm-size")
+def labeled_parts(data, size, opened=None):
+    """Training and validation part of `data` as CenterCrops, for k-NN and probes; [] without two
+    classes to tell apart. opened: the images of pretraining, if they are open already; a folder's
+    are those of its training part. Raises UserError if the parts have different classes."""
+    if not has_parts(data):
+        return []
+    train = opened if isinstance(opened, ImageFiles) else open_dataset(data, "train")
+    val = open_dataset(data, "val")
+    unlike = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
+    if unlike:
+        what = f"--data {data}: train and val have different classes"
+        raise UserError(f"{what}, only in one of them: {', '.join(sorted(unlike))}")
+    if isinstance(train, ImageFiles) and len(train.classes) < 2:
+        return []
+    return [CenterCrops(train, size), CenterCrops(val, size)]
+
+
+def read_ahead(dataset, device, workers, sampler, batch_size=None):
+    """A DataLoader, whose worker processes read what the sampler says ahead of time. batch_size
+    None: an item is a whole batch. Ten minutes without a batch end it: torch would wait for ever
+    for a worker that was killed, for want of shared memory, say."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        timeout=600 if workers else 0,
+    )
 
 
 # ---- 9. How good is every layer? DINO's weighted k-NN, during training and in eval_knn.py ----
@@ -1001,26 +965,26 @@ def check_shared_memory(size, workers, batches=math.inf):
 
 def knn_scores(train_x, train_y, test_x, num_classes, k=20, temperature=0.07):
     """DINO's weighted k-NN: each of the k nearest training images (by cosine) votes for its class
-    with exp(similarity / temperature), in parts of what the nearest one has. train_x (N, D) and its
+    with exp(similarity / temperature), divided by the nearest one's vote. train_x (N, D) and its
     classes train_y (N,), test_x (M, D) -> scores (M, num_classes)."""
     train_x = F.normalize(train_x.float(), dim=-1)
     chunk = max(1, 2**27 // len(train_x))  # at most half a gigabyte of similarities at a time
     scores = []
     for x in test_x.split(chunk):
         similarities = F.normalize(x.float(), dim=-1) @ train_x.T
-        similarities, neighbours = similarities.topk(min(k, len(train_x)))
+        similarities, neighbors = similarities.topk(min(k, len(train_x)))
         nearest = similarities[:, :1]  # its vote is 1: nothing overflows, or vanishes
         votes = ((similarities - nearest) / temperature).exp()
         empty = votes.new_zeros(len(x), num_classes)
-        scores.append(empty.scatter_add_(1, train_y[neighbours], votes))
+        scores.append(empty.scatter_add_(1, train_y[neighbors], votes))
     return torch.cat(scores)
 
 
 @torch.no_grad()
 def extract(backbone, dataset, device, workers=0, bf16=False):
     """Frozen representations of the n images in `dataset`, which gives (uint8 image, class).
-    Returns (features, labels, n): every layer's representations, L x (M, D_l), on the CPU in
-    float16 (twelve layers of ImageNet must fit into memory), and the classes (M,).
+    Returns (features, labels, n): every layer's representations, L x (M, D), on the CPU in float16
+    (twelve layers of ImageNet must fit into memory), and the classes (M,).
 
     Ranks take turns: each has M of the n images. With 5 images rank 0 of 2 has 0, 2 and 4, rank 1
     has 1, 3 and 0 once more, so that M is 3 on both; gather_images puts them together. The backbone
@@ -1028,20 +992,17 @@ def extract(backbone, dataset, device, workers=0, bf16=False):
     backbone.eval()
     n = len(dataset)
     each = math.ceil(n / world_size())
-    check_shared_memory(min(256, each) * dataset[0][0].nbytes, workers, math.ceil(each / 256))
     share = [(i * world_size() + rank()) % n for i in range(each)]
-    pinned = device.type == "cuda"
-    loader = DataLoader(dataset, 256, sampler=share, num_workers=workers, pin_memory=pinned)
     features = []
     labels = []
-    for images, y in loader:
+    for images, y in read_ahead(dataset, device, workers, share, batch_size=256):
         x = normalize_pixels(images.to(device, non_blocking=True) / 255)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             layers = backbone(x)
         layers = torch.cat([layer.half() for layer in layers], dim=1)
         features.append(layers.cpu())  # waits for the device, once a batch
         labels.append(y)
-    return torch.cat(features).split(backbone.widths, dim=1), torch.cat(labels), n
+    return torch.cat(features).split(backbone.embed_dim, dim=1), torch.cat(labels), n
 
 
 def gather_images(x, n):
@@ -1051,7 +1012,8 @@ def gather_images(x, n):
 
 def knn(train, val, device, k=20, temperature=0.07):
     """k-NN top-1 accuracy of every layer, a list of percentages. train, val: what `extract` gives.
-    Ranks share the work, and all get the answer; one layer at a time goes to the device."""
+    Ranks share the work, and all get the answer: each judges its share of the validation images
+    by all training images. One layer at a time goes to the device."""
     train_x, train_y, n = train
     val_x, val_y, m = val
     train_y = gather_images(train_y, n)
@@ -1066,17 +1028,9 @@ def knn(train, val, device, k=20, temperature=0.07):
     return accuracies
 
 
-def layer_table(title, columns):
-    """Text: a line a layer. columns: {name: a number for each layer}; the last column, in percent,
-    is drawn as bars. Depths may differ."""
-    lines = [title, "layer" + "".join(f"{name:>12}" for name in columns)]
-    for layer, row in enumerate(zip_longest(*columns.values()), start=1):
-        line = f"{layer:5}"
-        for value in row:
-            line += " " * 12 if value is None else f"{value:#12.3g}"
-        bar = row[-1] if row[-1] and math.isfinite(row[-1]) else 0
-        lines.append(f"{line}  {'█' * round(bar / 2)}")
-    return "\n".join(lines)
+def table_row(name, values, digits=1):
+    """Text: a name and a number for each layer, in columns that stand under each other."""
+    return f"{name:<20}" + "".join(f"{value:7.{digits}f}" for value in values)
 
 
 # ---- 10. Settings, and networks by name ----
@@ -1102,83 +1056,82 @@ PRESETS = {
     "toy": TOY,
     "cifar10": CIFAR,
     "cifar100": CIFAR,
-    "imagenet": {},  # the defaults below: the paper's
+    "imagenet": {},  # the defaults below
 }
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# a run may go on with other values of these; all others decide what is learned
+MAY_CHANGE = ("data", "preset", "out", "max_steps", "knn_every", "log_every", "workers", "device",
+              "bf16", "compile", "recompute")  # fmt: skip
+MAY_BE_ZERO = ("alpha", "beta", "mutual", "m0", "depth", "warmup", "lr", "weight_decay", "seed",
+               "max_steps", "knn_every", "workers")  # fmt: skip
+AT_MOST_ONE = ("m0", "warmup", "min_crop")
 
 
-def setting(default, text, choices=None, low=0, high=10**9):
-    """A field of Config: its default, a line of help, and what it may be: one of the choices, or a
-    number from low to high."""
-    return field(default=default, metadata=dict(help=text, choices=choices, low=low, high=high))
+def setting(default, meaning, choices=None):
+    """A field of Config with what --help says of it."""
+    return field(default=default, metadata=dict(help=meaning, choices=choices))
 
 
 @dataclass
-class Recipe:
-    """These settings and the images decide what is learned, up to rounding. The defaults are the
-    paper's for MoCo v3 and BYOL on ImageNet (section 4.1)."""
+class Config:
+    """All settings. The defaults are the paper's for MoCo v3 and BYOL on ImageNet (section 4.1); m0
+    is the authors' code's, tau and min_crop are MoCo v3's. Raises UserError for a number that makes
+    no sense."""
 
+    # images
+    data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
+    img_size: int = setting(224, "pixels")
+    min_crop: float = setting(0.08, "smallest crop, part of the image's area")
+
+    # method
     framework: str = setting("simclr", "SSL framework that is self-distilled", FRAMEWORKS)
     distill: bool = setting(True, "self-distillation; without it, the plain framework")
     alpha: float = setting(1.0, "weight of intermediate self-distillation, at the end")
     anneal: bool = setting(True, "alpha rises from 0, half a cosine; without it, it is constant")
     beta: float = setting(1.0, "weight of the predictor loss")
-    every: int = setting(1, "distil each n-th layer only, counted from the last one", low=1)
-    mid_layers: int = setting(3, "layers of the intermediate projectors", low=2, high=3)
+    every: int = setting(1, "distil each n-th layer only, counted from the last one")
+    mid_layers: int = setting(3, "linear layers of the lower projectors", (2, 3))
+    tau: float = setting(0.2, "temperature of the contrastive loss")
+    m0: float = setting(0.996, "teacher's momentum at the start; a cosine takes it to 1")
     peer: str = setting("none", "second network, for Distill-on-the-Go", ("none", *ARCHS))
     mutual: float = setting(0.3, "weight of the divergence between the two networks")
-    tau: float = setting(0.2, "temperature of the contrastive loss", low=1e-3)
-    m0: float = setting(0.996, "teacher's momentum at the start; a cosine takes it to 1", high=1)
+
+    # network
     arch: str = setting("vit_small", "backbone", tuple(ARCHS))
-    pool: str = setting("cls", "layers by [CLS], or their patches' mean", ("cls", "patches"))
+    patch_size: int = setting(16, "pixels")
     depth: int = setting(0, "blocks of a ViT; 0: as many as the architecture has")
-    img_size: int = setting(224, "pixels", low=8)
-    patch_size: int = setting(16, "pixels", low=1)
-    hidden_dim: int = setting(4096, "of last projector and predictors; others have half", low=2)
-    out_dim: int = setting(256, "E, width of what the heads return", low=2)
-    epochs: int = setting(300, "passes over the training images", low=1)
-    warmup: float = setting(40 / 300, "part of the run in which the learning rate rises", high=1)
-    batch_size: int = setting(1024, "images in a step, over all ranks", low=2)
+    pool: str = setting("cls", "layers by [CLS], or their patches' mean", ("cls", "patches"))
+    hidden_dim: int = setting(4096, "of last projector and predictors; the others have half")
+    out_dim: int = setting(256, "E, width of what the heads return")
+
+    # optimization
+    epochs: int = setting(300, "passes over the training images")
+    warmup: float = setting(40 / 300, "part of the run in which the learning rate rises")
+    batch_size: int = setting(1024, "images in a step, over all ranks")
     lr: float = setting(1.5e-4, "peak, per 256 images of batch_size; SimCLR on ImageNet 1.3e-4")
     weight_decay: float = setting(0.1, "AdamW's, on matrices; none on biases, norms and [CLS]")
-    min_crop: float = setting(0.08, "smallest crop, part of the image's area", low=0.01, high=1)
     seed: int = setting(0, "of everything random")
 
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@dataclass
-class Config(Recipe):
-    """All settings: a Recipe's, and those below, which say where and how it runs. A run may go on
-    with other values of those below, if the images stay the same."""
-
-    data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
+    # where and how it runs
+    preset: str = setting("", "other defaults; --data chooses by its name", tuple(PRESETS))
     out: str = setting("", "run folder; by default runs/ and a name of data, framework and seed")
-    preset: str = setting("imagenet", "defaults; --data chooses one by its name", tuple(PRESETS))
-    save_every: int = setting(0, "steps between two checkpoints, besides one each epoch; 0: none")
     max_steps: int = setting(0, "stop once the run has made so many steps, schedules as planned")
     knn_every: int = setting(10, "epochs between two k-NN tables; 0: no table at all")
-    log_every: int = setting(10, "steps between two lines of log.jsonl", low=1)
+    log_every: int = setting(10, "steps between two lines of log.jsonl")
     workers: int = setting(8, "processes a rank that read images; 0: none but the training's own")
     device: str = setting(DEVICE, "what computes", ("cpu", "cuda"))
     bf16: bool = setting(False, "bfloat16 autocast; by default on with GPUs that have it")
     compile: bool = setting(False, "torch.compile a ViT's blocks")
     recompute: bool = setting(False, "run a ViT's blocks again in backward: less memory, slower")
 
-
-def number(kind, low=0, high=10**9):
-    """argparse's type of an int or a float from low to high; nan is refused."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
-        return value
-
-    return parse
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if isinstance(value, (str, bool)):
+                continue
+            too_small = value < 0 or (value == 0 and name not in MAY_BE_ZERO)
+            too_large = not math.isfinite(value) or (value > 1 and name in AT_MOST_ONE)
+            if too_small or too_large or (name == "batch_size" and value == 1):
+                raise UserError(f"--{name.replace('_', '-')} {value} makes no sense")
 
 
 def has_bfloat16(device):
@@ -1187,48 +1140,27 @@ def has_bfloat16(device):
     return device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-class Parser(argparse.ArgumentParser):
-    """Bad usage is a UserError like any other."""
-
-    def error(self, message):
-        raise UserError(message)
-
-
-def add_flag(parser, name, kind, default, metadata):
-    """The flag of a setting. Its help shows the default, and which presets have another value."""
-    values = [f"default {default!r}"]
-    for preset, changed in PRESETS.items():
-        if name in changed:
-            values.append(f"{preset} {changed[name]!r}")
-    options = dict(dest=name, help=f"{metadata['help']} ({', '.join(values)})")
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction  # --name and --no-name
-    elif kind is str:
-        options["choices"] = metadata["choices"]
-    else:
-        options["type"] = number(kind, metadata["low"], metadata["high"])
-    parser.add_argument("--" + name.replace("_", "-"), **options)
-
-
 def parse_config(argv=None):
-    """Command line (a list, or sys.argv) -> Config: default < preset < flag. Raises UserError for
-    anything unknown or wrong."""
-    parser = Parser("sdssl.py", allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    """Command line (a list, or sys.argv) -> Config: default < preset < flag. Raises UserError for a
+    number that makes no sense; anything else that is wrong ends the program, by argparse."""
+    parser = argparse.ArgumentParser(
+        "sdssl.py", usage="sdssl.py [--SETTING VALUE ...]; --help shows all", allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     for each in fields(Config):
-        add_flag(parser, each.name, each.type, each.default, each.metadata)
-    given = vars(parser.parse_args(argv))
-    data = given.get("data", Config.data)
-    if is_named(data.lower()):
-        data = data.lower()  # torchvision writes CIFAR10
-    preset = given.get("preset") or (data if data in PRESETS else "imagenet")
-    config = Config(**(PRESETS[preset] | given))
-    config.data = data
-    config.preset = preset
-    if "bf16" not in given:
-        config.bf16 = has_bfloat16(config.device)
-    if "lr" not in given and preset == "imagenet" and config.framework == "simclr":
-        config.lr = 1.3e-4  # the paper's for SimCLR (section 4.1)
-    return config
+        flag = "--" + each.name.replace("_", "-")
+        options = dict(default=each.default, help=each.metadata["help"])
+        if each.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            choices = each.metadata["choices"]
+            parser.add_argument(flag, type=each.type, choices=choices, **options)
+    given = parser.parse_args(argv)
+    preset = given.preset or (given.data if given.data in PRESETS else "imagenet")
+    if preset == "imagenet" and given.framework == "simclr":
+        parser.set_defaults(lr=1.3e-4)  # the paper's for SimCLR (section 4.1)
+    parser.set_defaults(bf16=has_bfloat16(given.device), **PRESETS[preset])
+    return Config(**vars(parser.parse_args(argv)))
 
 
 def build_backbone(**architecture):
@@ -1247,29 +1179,44 @@ def build_sdssl(config, arch):
         architecture["depth"] = config.depth or architecture["depth"]
     elif config.depth or config.recompute or config.compile or config.pool != "cls":
         raise ValueError(f"--depth, --pool, --compile and --recompute are for ViTs, not for {arch}")
-    heads = dict(hidden_dim=config.hidden_dim, out_dim=config.out_dim, mid_layers=config.mid_layers)
-    losses = dict(tau=config.tau, beta=config.beta, every=config.every)
-    backbone = build_backbone(**architecture)
-    return SDSSL(backbone, config.framework, config.distill, **heads, **losses)
+    return SDSSL(
+        build_backbone(**architecture),
+        framework=config.framework,
+        distill=config.distill,
+        hidden_dim=config.hidden_dim,
+        out_dim=config.out_dim,
+        tau=config.tau,
+        beta=config.beta,
+        every=config.every,
+        mid_layers=config.mid_layers,
+    )
 
 
 def build_model(config):
     """SDSSL, or DoGo around two of them. Raises UserError if settings do not go together."""
     torch.manual_seed(config.seed)  # the same weights on all ranks
-    with as_user_error("these settings do not go together", ValueError):
+    try:
         model = build_sdssl(config, config.arch)
         if config.peer == "none":
             return model
         return DoGo(model, build_sdssl(config, config.peer), config.mutual)
+    except ValueError as error:
+        raise UserError(f"these settings do not go together: {error}") from error
 
 
 def load_checkpoint(path):
     """A checkpoint: a dict of tensors and plain values, nothing that can run. Raises UserError if
     the file holds anything else."""
-    # any exception: bytes can be wrong in many ways
-    with as_user_error(f"cannot read the checkpoint {path}", Exception):
+    no_checkpoint = UserError(f"{path} is no checkpoint of sdssl.py")
+    try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(checkpoint)
+    except OSError:
+        raise  # no such file, say
+    except Exception as error:  # bytes can be wrong in many ways
+        raise no_checkpoint from error
+    if not isinstance(checkpoint, dict) or "networks" not in checkpoint:
+        raise no_checkpoint
+    return checkpoint
 
 
 def load_backbone(path, which="teacher", **changes):
@@ -1277,15 +1224,10 @@ def load_backbone(path, which="teacher", **changes):
     network, too), "student" or "peer". Changes of a ViT's architecture: depth=n for the first n
     blocks and the final norm, whose outputs are layers 1 to n; pool="patches" or "cls" for another
     reading of the layers. Raises UserError for what is not there."""
-    networks = load_checkpoint(path).get("networks", {})
+    networks = load_checkpoint(path)["networks"]
     if which not in networks:
-        raise UserError(f"{path} holds no {which}, but {', '.join(networks) or 'other things'}")
-    architecture = networks[which]["architecture"]
-    if changes and "depth" not in architecture:
-        raise UserError(f"{path}: the {which} is a ResNet, which has neither depth nor pool")
-    if changes.get("depth", 1) not in range(1, architecture.get("depth", 1) + 1):
-        raise UserError(f"{path}: the {which} has {architecture['depth']} blocks, see {changes}")
-    backbone = build_backbone(**(architecture | changes))
+        raise UserError(f"{path} holds no {which}, but {', '.join(networks)}")
+    backbone = build_backbone(**(networks[which]["architecture"] | changes))
     weights = networks[which]["weights"]
     backbone.load_state_dict({name: weights[name] for name in backbone.state_dict()})
     return backbone.eval()
@@ -1294,180 +1236,118 @@ def load_backbone(path, which="teacher", **changes):
 # ---- 11. A folder is a run: the same command begins it, goes on, or shows that it is finished ----
 
 
-def write_whole(path, write):
-    """`write` makes a file, which is then renamed to `path`: the old one or the new is always
-    there. Raises UserError if it cannot be written, on a full disk, say."""
-    new = path.with_name(path.name + ".new")
-    what = f"cannot write {path}"
-    if path.exists():
-        what += ", what was there before still is"
-    with as_user_error(what, OSError, RuntimeError):
-        try:
-            write(new)
-            os.replace(new, path)
-        finally:
-            new.unlink(missing_ok=True)
-
-
 def say(text):
     """Print, on rank 0 alone, without breaking a progress bar."""
     if rank() == 0:
         tqdm.write(text)
 
 
-def check_ranks_agree(numbers, path):
-    """Raises UserError unless all ranks have found the same numbers at `path`."""
-    if len(gather(torch.tensor(numbers)).unique(dim=0)) > 1:
-        raise UserError(f"{path} must be the same for all nodes: ranks differ")
-
-
-def differences(settings, others):
-    """Text: the settings whose values differ from the others'."""
-    unlike = [name for name, value in settings.items() if others.get(name) != value]
-    return ", ".join(f"{name} {settings[name]}" for name in unlike)
-
-
 class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
-    record a line), last.pt (the checkpoint) and lock (empty, see `claim`). Rank 0 writes. `learned`
-    tells this run from others: the settings of Recipe, and the images. A folder that holds another
-    run, or anything else, is refused with a UserError and left as it is, but for an empty lock; a
-    run that has not taken a step yet may be replaced."""
+    record a line) and last.pt (the checkpoint). Rank 0 writes. `learned` tells this run from
+    others: the settings that decide what is learned, and the number of images."""
 
-    CANNOT = "a checkpoint that this version cannot continue: choose another --out"
-
-    def __init__(self, config, images):
+    def __init__(self, config, dataset, model, optimizer):
         framework = f"sd-{config.framework}" if config.distill else config.framework
         name = f"{Path(config.data).resolve().name}-{framework}-seed{config.seed}"
         self.config = config
+        self.dataset = dataset  # TrainingCrops
+        self.model = model
+        self.optimizer = optimizer
         self.folder = Path(config.out or f"runs/{name}")
-        self.learned = {name: getattr(config, name) for name in asdict(Recipe())}
-        source = config.data if is_named(config.data) else "a folder"  # folders may move
-        self.learned["images"] = f"{images} of {source}"
-        self.records = []
-        self.complaints = set()
+        settings = asdict(config).items()
+        self.learned = {name: value for name, value in settings if name not in MAY_CHANGE}
+        self.learned["images"] = len(dataset.source)
+        self.records = []  # of the log
         self.file = None  # log.jsonl, on rank 0
-        self.lock = None  # the file `lock`, likewise
 
-    def claim(self):
-        """Keep other processes out of the folder while this one runs, for they would overwrite each
-        other's files. Raises UserError if one is there already, or if the folder is not a run's."""
-        with as_user_error("argument --out", OSError):
-            names = set(os.listdir(self.folder)) if self.folder.exists() else set()
-        names -= {"lock", "last.pt.new"}  # which a run leaves that is killed as it begins
-        if names and "last.pt" not in names:
-            raise UserError(f"{self.folder} is not empty, and has no last.pt: choose another --out")
-        if rank() > 0:
-            return
-        with as_user_error("argument --out", OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "a")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # some network file systems have no locks
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                what = f"another process is at work in {self.folder}"
-                raise UserError(f"{what}: stop it, or choose another --out") from None
-
-    def find_checkpoint(self):
-        """The folder's checkpoint, or None if nothing has begun there. Raises UserError if it is
-        another run's."""
-        if not os.path.lexists(self.folder / "last.pt"):  # a link may lead to a disk that is away
-            return None
-        checkpoint = load_checkpoint(self.folder / "last.pt")
-        if {"learned", "model", "optimizer", "step", "log"} - checkpoint.keys():
-            raise UserError(f"{self.folder} holds {self.CANNOT}")
-        there = asdict(Recipe()) | checkpoint["learned"]  # older versions had fewer settings
-        if there != self.learned:
-            if checkpoint["step"] == 0:
-                return None  # nothing is lost, and a smaller batch may follow an out of memory
-            other = differences(there, self.learned)
-            raise UserError(f"{self.folder} holds a run with {other}: choose another --out")
-        return checkpoint
-
-    def close(self):
-        """Leave the folder to other processes. In a notebook this one may live on for days."""
-        for file in (self.file, self.lock):
-            if file:
-                with contextlib.suppress(OSError):  # of a full disk, which was told already
-                    file.close()
-
-    def resume(self, model, optimizer):
-        """Load the checkpoint, if there is one; returns the number of steps that are done."""
+    def resume(self):
+        """Load the checkpoint, if there is one; returns the number of steps that are done. Raises
+        UserError if it is another run's, or if ranks find different ones."""
         step = 0
-        self.claim()
-        checkpoint = self.find_checkpoint()
-        if checkpoint:
-            with as_user_error(f"{self.folder} holds {self.CANNOT}", RuntimeError, ValueError):
-                model.load_state_dict(checkpoint["model"])
-                optimizer.load_state_dict(checkpoint["optimizer"])
+        if (self.folder / "last.pt").exists():
+            checkpoint = load_checkpoint(self.folder / "last.pt")
+            there = checkpoint["learned"]
+            unlike = [name for name in self.learned if there.get(name) != self.learned[name]]
+            if unlike:
+                what = ", ".join(f"{name} {there.get(name)}" for name in unlike)
+                raise UserError(f"{self.folder} holds a run with {what}: choose another --out")
+            self.model.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.records = checkpoint["log"]
             step = checkpoint["step"]
-            self.records = [json.loads(line) for line in checkpoint["log"].splitlines()]
-        check_ranks_agree(step, self.folder)
+        if len(gather(torch.tensor(step)).unique()) > 1:
+            raise UserError(f"{self.folder} must be the same for all nodes: ranks differ")
         return step
 
-    def start(self, dataset):
-        """Open the log, as far as the checkpoint has it; write settings and a picture."""
+    def start(self):
+        """Write settings and a picture, and open the log, as far as the checkpoint has it. A run
+        that begins saves a checkpoint at once, by which others know its folder."""
         if rank() > 0:
             return
-        with as_user_error(f"argument --out: cannot write into {self.folder}", OSError):
-            self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
-            self.file.write(self.log_text())
-            (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
-            crops = dataset[0][0][:, :12]
-            views = torch.cat(two_views(crops, "picture", 0))  # a row of first, a row of second
-            picture = self.folder / "views.png"
-            torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
+        crops = self.dataset[0][0][:, :12]
+        views = torch.cat(two_views(crops, "picture", 0))  # a row of first, a row of second
+        picture = self.folder / "views.png"
+        torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
+        self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
+        for record in self.records:
+            self.file.write(json.dumps(record) + "\n")
+        self.show_tables(self.records)
+        if not (self.folder / "last.pt").exists():
+            self.save(0)
 
-    def log_text(self):
-        """The log, as it stands in log.jsonl."""
-        return "".join(json.dumps(record) + "\n" for record in self.records)
-
-    def log(self, **record):
+    def log(self, step, **record):
         """Add a record to the log."""
+        record = dict(step=step, epoch=step / self.dataset.steps_per_epoch, **record)
         self.records.append(record)
         if self.file:
-            with as_user_error(f"cannot write {self.folder}/log.jsonl", OSError):
-                self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record) + "\n")
 
-    def log_tables(self, step, epoch, tables):
-        """Add k-NN tables, {network: a percentage for each layer}, to the log, and print them."""
+    def has_tables(self, step):
+        """Whether the log has the k-NN tables of this step."""
+        return any("knn" in record and record["step"] == step for record in self.records)
+
+    def add_tables(self, step, tables):
+        """Log, print and save k-NN tables, {network: a percentage for each layer}."""
         for network, percentages in tables.items():
-            self.log(step=step, epoch=epoch, network=network, knn=percentages)
-        self.show_tables()
+            self.log(step, network=network, knn=percentages)
+            self.show_tables(self.records[-1:])
+        self.save(step)
 
-    def show_tables(self):
-        """Print each network's newest k-NN table beside the first one, the untrained network's."""
+    def show_tables(self, records):
+        """Print the k-NN tables among these records, a row each. The numbers of the layers stand
+        above the run's first one."""
         tables = [record for record in self.records if "knn" in record]
-        for network in dict.fromkeys(record["network"] for record in tables):
-            own = [record for record in tables if record["network"] == network]
-            columns = {f"epoch {each['epoch']:.3g}": each["knn"] for each in (own[0], own[-1])}
-            say(layer_table(f"\nk-NN accuracy of every layer of the {network} (%)", columns))
+        for record in records:
+            if "knn" not in record:
+                continue
+            percentages = record["knn"]
+            if record is tables[0]:
+                say(table_row("k-NN %, layer", range(1, 1 + len(percentages)), digits=0))
+            say(table_row(f"{record['network']}, epoch {record['epoch']:.3g}", percentages))
 
-    def pass_on(self, complaints):
-        """Print complaints about images, each of them once."""
-        for complaint in complaints:
-            if complaint not in self.complaints:
-                tqdm.write(f"{complaint}: another image takes its place")
-                self.complaints.add(complaint)
-
-    def save(self, model, optimizer, step):
-        """Write the checkpoint: what it takes to resume; and for other uses, networks by name."""
+    def save(self, step):
+        """Write the checkpoint: what it takes to resume; and for other uses, networks by name. The
+        old one is there until the new one is."""
         if rank() > 0:
             return
         networks = {}
-        for name, backbone in model.networks.items():
-            networks[name] = dict(architecture=backbone.architecture, weights=backbone.state_dict())
+        for name, network in self.model.networks.items():
+            networks[name] = dict(architecture=network.architecture, weights=network.state_dict())
         checkpoint = dict(
             networks=networks,
             config=asdict(self.config),
             learned=self.learned,
             step=step,
-            model=model.state_dict(),
-            optimizer=optimizer.state_dict(),
-            log=self.log_text(),
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            log=self.records,
         )
-        write_whole(self.folder / "last.pt", partial(torch.save, checkpoint))
+        new = self.folder / "last.pt.new"
+        torch.save(checkpoint, new)
+        os.replace(new, self.folder / "last.pt")
 
 
 # ---- 12. Training ----
@@ -1486,40 +1366,9 @@ def set_up(device):
         torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32
         torch.backends.cuda.enable_cudnn_sdp(False)  # fails in some releases (pytorch 138529)
     if "RANK" in os.environ:
-        # by name, because torch 2.6 and newer would take NCCL alone, which knows no CPU tensors
+        # by name, because torch would take NCCL alone, which knows no CPU tensors
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return torch.device(device)
-
-
-def training_crops(config):
-    """The images to train on, all of them."""
-    source = open_dataset(config.data)
-    images = torch.arange(len(source))
-    return TrainingCrops(
-        source=source,
-        indices=images,
-        batch_size=config.batch_size,
-        size=config.img_size,
-        min_crop=config.min_crop,
-        seed=config.seed,
-    )
-
-
-def labelled_parts(config):
-    """Training and validation images for the k-NN tables; [] if no table is wanted, or if there are
-    no classes. Raises UserError if the two parts have different classes."""
-    folder = Path(config.data)
-    if config.knn_every == 0 or not (is_named(config.data) or (folder / "val").is_dir()):
-        return []
-    try:
-        train_set = open_dataset(config.data, "train")
-        val_set = open_dataset(config.data, "val")
-    except UserError as error:  # two folders of images, say, and none of classes
-        say(f"no k-NN tables: {error}")
-        return []
-    if getattr(train_set, "classes", None) != getattr(val_set, "classes", None):
-        raise UserError("train/ and val/ have different classes: make them alike, or --knn-every 0")
-    return [CentreCrops(train_set, config.img_size), CentreCrops(val_set, config.img_size)]
 
 
 def knn_tables(model, parts, device, config):
@@ -1535,7 +1384,7 @@ def knn_tables(model, parts, device, config):
 
 
 def prepare(model, config):
-    """The model as it is trained: switches of its ViTs, and what several ranks need."""
+    """The model as it trains: its ViTs' blocks as the switches say, and several ranks joined."""
     for module in model.modules():
         if isinstance(module, VisionTransformer):
             module.recompute = config.recompute
@@ -1543,31 +1392,11 @@ def prepare(model, config):
             module.compile()
     if world_size() == 1:
         return model
-    if config.compile:
-        # DDP would cut a block in two where its gradients fill a message, and torch 2.5 cannot
-        # recompute such a block
-        torch._dynamo.config.optimize_ddp = False
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
-    # On CPUs a ResNet's BatchNorm is not synchronised: each rank normalises its own images, and the
+    # On CPUs a ResNet's BatchNorm is not synchronized: each rank normalizes its own images, and the
     # checkpoint has rank 0's statistics. Only in this case do ranks change more than rounding.
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def read_ahead(dataset, steps, config):
-    """The batches of these steps, read by worker processes ahead of time: a DataLoader. Raises
-    UserError if shared memory is too small."""
-    images = 2 * config.batch_size // world_size()  # two views
-    if config.knn_every > 0:
-        images += 256  # a batch of `extract`, whose workers run beside the training's
-    check_shared_memory(3 * config.img_size**2 * images, config.workers)
-    return DataLoader(
-        dataset,
-        batch_size=None,  # an item is a whole batch
-        sampler=steps,
-        num_workers=config.workers,
-        pin_memory=config.device == "cuda",
-    )
 
 
 def mean_over_ranks(terms, step):
@@ -1583,109 +1412,92 @@ def mean_over_ranks(terms, step):
     return found
 
 
-def due(done, period):
-    """Whether so many steps, or a multiple of them, are done; never if the period is 0."""
-    return period > 0 and done % period == 0
-
-
 def train(config):
     """One run, from the first image to the last checkpoint, or on from the checkpoint there is."""
     device = set_up(config.device)
-    dataset = training_crops(config)
-    with contextlib.closing(Run(config, len(dataset.source))) as run:
-        train_in(run, config, dataset, device)
-
-
-def train_in(run, config, dataset, device):
-    """One run in its folder, which `train` gives free afterwards, however this ends."""
-    parts = labelled_parts(config)
-    check_ranks_agree([len(dataset.source), len(parts)], f"--data {config.data}")
+    source = open_dataset(config.data)
+    batch_size = config.batch_size
+    dataset = TrainingCrops(source, batch_size, config.img_size, config.min_crop, config.seed)
+    parts = labeled_parts(config.data, config.img_size, source) if config.knn_every else []
     model = build_model(config).to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
-    first = run.resume(model, optimizer)
+    run = Run(config, dataset, model, optimizer)
+    step = run.resume()
     total = config.epochs * dataset.steps_per_epoch
     last = min(total, config.max_steps or total)
-    say(f"{run.folder}: step {first} to {last} of {total}, {device} x {world_size()}")
-    if first >= last:
-        run.show_tables()
-        return
-    steps = range(first, last)
-    loader = read_ahead(dataset, steps, config)
-    if first == 0:
-        run.save(model, optimizer, 0)  # from now on the folder is known as this run's
-    run.start(dataset)
-    if parts and first == 0:
-        run.log_tables(0, 0.0, knn_tables(model, parts, device, config))
+    say(f"{run.folder}: step {step} to {last} of {total}, {device} x {world_size()}")
+    run.start()
 
-    trained = prepare(model, config)  # shares its weights
-    unit = dict(unit="img", unit_scale=config.batch_size)  # of a step
-    bar = tqdm(total=last, initial=first, disable=rank() > 0, **unit)
+    ready = prepare(model, config)  # shares the model's weights
+    peak = config.lr * batch_size / 256
+    annealing = (config.alpha, config.anneal, config.m0)
+    table_every = config.knn_every * dataset.steps_per_epoch
+    batches = iter(read_ahead(dataset, device, config.workers, range(step, last)))
+    unit = dict(unit="img", unit_scale=batch_size)  # of a step
+    bar = tqdm(total=last, initial=step, disable=rank() > 0, **unit)
+    logged = step
     clock = time.perf_counter()
-    logged = first
-    for step, (crops, _, complaints) in zip(steps, loader):
-        run.pass_on(complaints)
-        x1, x2 = two_views(crops.to(device, non_blocking=True), config.seed, step)
-        lr, alpha, momentum = schedules(config, step, total)
-        terms = train_step(trained, optimizer, x1, x2, lr, alpha, momentum, config.bf16)
-        bar.update()
-
-        done = step + 1
-        epoch = done / dataset.steps_per_epoch
-        save = done == last or due(done, dataset.steps_per_epoch) or due(done, config.save_every)
-        table = done == last or due(done, config.knn_every * dataset.steps_per_epoch)
-        if save or due(done, config.log_every):  # only here this loop waits for the device
-            terms = mean_over_ranks(terms, done)
-            speed = (done - logged) * config.batch_size / (time.perf_counter() - clock)
-            run.log(step=done, epoch=epoch, lr=lr, alpha=alpha, **terms, images_per_s=speed)
-            bar.set_postfix(loss=terms["loss"])
-            if parts and table:  # due at the end of an epoch or at the last step, as `save` is
-                run.log_tables(done, epoch, knn_tables(model, parts, device, config))
-            if save:
-                run.save(model, optimizer, done)
+    while True:
+        table_due = parts and (step >= last or step % table_every == 0)
+        if table_due and not run.has_tables(step):
+            run.add_tables(step, knn_tables(model, parts, device, config))
             clock = time.perf_counter()
-            logged = done
+        if step >= last:
+            break
+
+        crops, _ = next(batches)
+        x1, x2 = two_views(crops.to(device, non_blocking=True), config.seed, step)
+        lr, alpha, momentum = schedules(step, total, config.warmup * total, peak, *annealing)
+        terms = train_step(ready, optimizer, x1, x2, lr, alpha, momentum, config.bf16)
+        step += 1
+        bar.update()
+        epoch_ends = step == last or step % dataset.steps_per_epoch == 0
+        if epoch_ends or step % config.log_every == 0:  # only here this loop waits for the device
+            terms = mean_over_ranks(terms, step)
+            speed = (step - logged) * batch_size / (time.perf_counter() - clock)
+            run.log(step, lr=lr, alpha=alpha, **terms, images_per_s=speed)
+            bar.set_postfix(loss=terms["loss"])
+            if epoch_ends:
+                run.save(step)
+            logged = step
+            clock = time.perf_counter()
     say(f"Pictures, log and networks are in {run.folder}")
 
 
-def run_or_explain(program, run):
-    """What the user can change comes out as one line on stderr, with exit code 2. A traceback is a
-    bug of ours."""
-    for stream in (sys.stdout, sys.stderr):
-        # a terminal that cannot show a bar or a file's name shows "?"; notebooks show everything
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+@contextlib.contextmanager
+def one_line_errors(program):
+    """What the user can change comes out as one line on stderr, with exit code 2; OSErrors, too, of
+    a missing file or a full disk. Everything else is a traceback. Ends the process group."""
     try:
-        run()
-    except UserError as error:
+        yield
+        if world_size() > 1:
+            dist.barrier()  # nobody leaves while others are still talking
+    except (UserError, OSError) as error:
         # from a data worker it comes wrapped: "Caught UserError in ...: traceback, UserError: text"
         message = str(error).rpartition("UserError: ")[2].strip()
         tqdm.write(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        what = str(error).partition(". ")[0]
-        advice = "a smaller --batch-size, more ranks, in training --recompute or --bf16 need less"
-        tqdm.write(f"{program}: {what}: {advice}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as shells expect; the same command goes on
-    if world_size() > 1:
-        dist.barrier()  # nobody leaves while others are still talking
-        if torch.cuda.is_initialized():  # NCCL asks for it; gloo at times hangs in it (torch 2.5)
+    finally:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def main(argv=None):
     """python sdssl.py, or torchrun sdssl.py. In a notebook: main(["--framework", "byol"])."""
-    run_or_explain("sdssl.py", lambda: train(parse_config(argv)))
+    with one_line_errors("sdssl.py"):
+        train(parse_config(argv))
 
 
 # ---- 13. Beside the method: ResNets (section 4.6) and Distill-on-the-Go ----
 
 
 class ResNet(nn.Module):
-    """torchvision's resnet18, resnet50, ...: (B, 3, H, W) -> the four stages' outputs,
-    average-pooled, 4 x (B, D_l). Images of 64 pixels and less get the small stem: a 3 x 3
-    convolution, no pooling."""
+    """torchvision's resnet18, resnet50, ...: images (B, 3, H, W) -> the outputs of its four stages,
+    average-pooled, and padded with zeros to the width D of the last one: a list of four (B, D). In
+    training, x is two views in a row, and BatchNorm sees one at a time. Images of 64 pixels and
+    less get the small stem: a 3 x 3 convolution, no pooling."""
+
+    depth = 4
 
     def __init__(self, name="resnet50", img_size=224):
         super().__init__()
@@ -1693,18 +1505,25 @@ class ResNet(nn.Module):
         if img_size <= 64:
             net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
             net.maxpool = nn.Identity()
-        self.widths = [width * net.layer1[0].expansion for width in (64, 128, 256, 512)]
+        self.embed_dim = net.fc.in_features
         for part, module in net.named_children():
             if part not in ("avgpool", "fc"):  # conv1, bn1, relu, maxpool, layer1, ..., layer4
                 self.add_module(part, module)
         self.to(memory_format=torch.channels_last)  # the layout that convolutions are fast in
 
     def forward(self, x):
+        if not self.training:
+            return self.stages(x)
+        view1, view2 = x.chunk(2)
+        return [torch.cat(pair) for pair in zip(self.stages(view1), self.stages(view2))]
+
+    def stages(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         pooled = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)
-            pooled.append(x.mean((2, 3)))
+            mean = x.mean((2, 3))
+            pooled.append(F.pad(mean, (0, self.embed_dim - mean.shape[1])))
         return pooled
 
 
@@ -1715,15 +1534,16 @@ def mutual_kl(h, peer_h, tau=0.1):
     E')."""
 
     def rows(projections):
-        view1, view2 = projections
-        return similarity(view1, gather_keys(view2), tau).log_softmax(-1)
+        return similarity(projections[0], gather_keys(projections)[1], tau).log_softmax(-1)
 
+    # torch's kl_div takes the distribution that learns first: this is KL(peer || own)
     return F.kl_div(rows(h), rows(peer_h).detach(), log_target=True, reduction="batchmean")
 
 
 class DoGo(nn.Module):
     """Distill-on-the-Go (Bhat et al., CVPRW 2021): two models side by side, each with its own loss
-    plus `mutual` times mutual_kl to the other one. The published method is of plain SimCLR:
+    plus `mutual` times mutual_kl to the other one. The published method is of plain SimCLR (and
+    SimSiam):
 
         python sdssl.py --framework simclr --no-distill --peer ARCH --mutual 0.3
 
