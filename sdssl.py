@@ -5,24 +5,26 @@ A vision transformer learns without labels, by SimCLR, BYOL or MoCo v3: what its
 about one view of an image should match a target that was made from another view of it. SDSSL lets
 every lower layer learn from that same target. The whole idea is one equation, Eq. 6 of the paper:
 
-    loss = L_ssl(q_L, z_L)                                     the framework itself, Eqs. 1 and 2
-         + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))              self-distillation, Eq. 3
-         + beta * sum_{l<=L} L_ssl(predictor_l(sg(h_l)), sg(z_L))  for the predictors alone, Eq. 5
+    loss = L_ssl(q_L, z_L)                                         the framework, Eqs. 1 and 2
+         + alpha * mean_{l<L} L_ssl(q_l, sg(z_L))                  self-distillation, Eq. 3
+         + beta * sum_{l<=L} L_ssl(predictor_l(sg(h_l)), sg(z_L))  for predictors only, Eq. 5
 
     h_l     layer l's projection of a view, by a projector of its own
     q_l     predictor_l(h_l), layer l's prediction of the target
     z_L     the target: the last layer's projection by the teacher, a moving average of the network
-    L_ssl   the framework's loss: q of view 1 should match z of view 2, plus q of view 2 and z of
-            view 1
+    L_ssl   the framework's loss: how well q of view 1 matches z of view 2, plus the other way round
     sg      stops the gradient
 
-The first two terms train the backbone and its heads; the third trains every layer's predictor once
-more, and nothing else. SimCLR has no teacher and no predictors: its target is the other view's own
-last projection. So z_L is h_L, q_l is h_l, the third term has nothing to train, and Eq. 4 remains:
+The first two terms train the backbone, its projectors and its predictors. The third begins behind
+the projectors, so that it trains predictors only. (Mean and sum are the paper's.)
+
+SimCLR has no teacher and no predictors. There z_L is h_L and q_l is h_l, the third term is gone,
+and Eq. 4 remains:
 
     loss = L_ssl(h_L, h_L) + alpha * mean_{l<L} L_ssl(h_l, sg(h_L))
 
-Only SimCLR needs sg around its target, since a teacher gets no gradient anyway.
+In its first term gradients reach both views. In its second, sg keeps the last layer from following
+the lower ones; a teacher never gets a gradient, so that BYOL and MoCo v3 would not need this sg.
 
     python sdssl.py                                                # SD-SimCLR on drawn glyphs
     python sdssl.py --framework byol --no-distill                  # plain BYOL
@@ -34,9 +36,10 @@ Read from top to bottom. The method comes first: 1 ViT, 2 ranks, 3 heads, 4 loss
 Distill-on-the-Go. Parts 1 to 6 need nothing that stands below them: copy freely. "Section", "Eq.",
 "Algorithm" and "Table" are the paper's.
 
-Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, C layers with heads
-(usually all L), E outputs of a head. Two views of an image are an axis of length 2: in z of shape
-(2, B, E), z[0] belongs to view 1 and z[1] to view 2, and z.flip(0) exchanges them.
+Shapes: B images in this rank's batch, N tokens, D embedding width, L layers, C layers that have
+heads (all L, if none is left out), E outputs of a head. A backbone sees the two views as 2B images.
+Behind it they are an axis of length 2: in z of shape (2, B, E), z[0] belongs to view 1 and z[1] to
+view 2, and z.flip(0) exchanges them.
 """
 
 import argparse
@@ -83,7 +86,7 @@ def sincos_2d(dim, height, width):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v in every head: q (B, heads, M, d), k and v (B, heads, N, d)."""
-    # torch's fused kernel is faster, but for its backward on CPUs
+    # torch's fused kernel is faster, except for its backward on CPUs
     trains_on_cpu = q.requires_grad and not q.is_cuda
     if not trains_on_cpu:
         return F.scaled_dot_product_attention(q, k, v)
@@ -106,8 +109,8 @@ class Block(nn.Module):
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def forward(self, x, cls_only=False):
-        """cls_only: return the first token alone, (B, 1, D), which still attends to all N. Enough
-        of a last block whose patches nobody reads; it saves 7 % of a ViT of 12 blocks."""
+        """cls_only: compute the first token alone, (B, 1, D), which still attends to all N. That is
+        enough of the last block, if nobody reads its patches, and saves 7% of a ViT of 12."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))  # (B, heads, N, d) each
         if cls_only:
@@ -152,7 +155,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.init_weights()
-        self.patch_embed.requires_grad_(False)  # MoCo v3's cure for unstable ViT training
+        self.patch_embed.requires_grad_(False)  # as in MoCo v3, where training was unstable without
 
     def init_weights(self):
         """As in MoCo v3: xavier-uniform matrices, zero biases."""
@@ -185,14 +188,14 @@ class VisionTransformer(nn.Module):
 
 # ---- 2. Ranks: processes that train together, each on its share of the batch ----
 #
-# Several ranks must compute what one process computes on the whole batch. Two things see to it:
-# `gather` gives every rank the x of all ranks, and its backward SUMS the gradients that all ranks
-# have for x; DistributedDataParallel, around the model, AVERAGES the parameters' gradients.
+# R ranks must get the gradients that one process would get from the whole batch. Its loss is the
+# mean of the ranks' losses J_s. BatchNorm and negatives are shared: what rank r has computed from
+# its images, x_r, is part of every rank's loss. So its gradient is
 #
-# Why a sum? Heads and losses see the images of all ranks, so what rank r has computed, x_r, is part
-# of every rank's loss J_s. With R equal shares, the loss of the whole batch is the mean of the J_s:
+#     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R
 #
-#     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R         the sum is gather's, 1 / R the average's
+# `gather` hands x_r to all ranks, and its backward takes this SUM over them. The division by R is
+# done by DistributedDataParallel, around the model, which AVERAGES the parameters' gradients.
 
 
 def rank():
@@ -205,7 +208,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-# all_gather_single is what torch 2.14 calls all_gather_into_tensor; it warns of the older name
+# two names of one function: torch 2.14 warns of the older one
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -220,11 +223,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # (ranks, ...): how this rank's loss changes with the x of each rank; all_reduce works in
-        # place, and autograd's own tensor must not change
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # now: how the sum of all ranks' losses changes
-        return grad[rank()]  # with this rank's x
+        # grad (ranks, ...) says how this rank's loss changes with each rank's x
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place
+        dist.all_reduce(grad)  # now it is of the sum of all ranks' losses
+        return grad[rank()]
 
 
 def gather(x):
@@ -242,8 +244,8 @@ def standardize(x):
     images; mean and variance are those of all ranks' images."""
     x = x.float()
     if world_size() == 1:
-        # LayerNorm takes its statistics over the last axis. Here that axis is the images, so that
-        # with BatchNorm's epsilon it is BatchNorm, in one kernel
+        # F.layer_norm normalizes over the last axis. Here these are the images, which makes it
+        # BatchNorm, in one kernel; BatchNorm's epsilon is 1e-5
         return F.layer_norm(x, x.shape[-1:], eps=1e-5)
     var, mean = torch.var_mean(x, dim=-1, correction=0, keepdim=True)
     statistics = gather(torch.stack([var, mean]))  # of each rank: (ranks, 2, ..., 1)
@@ -264,11 +266,10 @@ class Heads(nn.Module):
             ...,
             nn.Linear(widths[-2], widths[-1], bias=False), nn.BatchNorm1d(widths[-1], affine=False))
 
-    x (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]): copy k computes x[k], the two views
-    of layer k, as if it were called once for each view. All copies are computed at once: one
-    product for the heads of eleven layers keeps a GPU busier than eleven products. BatchNorm's
-    running statistics are not kept, because no head is ever evaluated. last_bn=False leaves out the
-    last BatchNorm, as BYOL does."""
+    x (copies, 2, B, widths[0]) -> (copies, 2, B, widths[-1]). Copy k sees x[k], one layer, and
+    normalizes each of its two views on its own. One batched product stands for a loop over copies:
+    that is faster, and all that it is for. Running statistics are not kept, since heads serve in
+    training only. last_bn=False leaves out the last BatchNorm, as BYOL does."""
 
     def __init__(self, copies, widths, last_bn=True):
         super().__init__()
@@ -293,16 +294,17 @@ class Heads(nn.Module):
         return x.permute(0, 2, 3, 1)
 
     def linear(self, weight, x):
-        """Every copy's product at once: weight (copies, out, in), x (copies, in, 2, B)."""
-        return (weight @ x.flatten(2)).unflatten(2, (2, -1))  # (copies, out, 2, B)
+        """Every copy's product: weight (copies, out, in), x (copies, in, 2, B)."""
+        outputs = weight @ x.flatten(2)  # (copies, out, 2B)
+        return outputs.unflatten(2, (2, -1))
 
 
 # ---- 4. Losses: functions of tensors, which all ranks call together ----
 #
 # byol_loss, ctr and nt_xent take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the
-# same B images. An anchor should match its own image's key in the other view. Losses of view 1's
-# anchors and of view 2's are summed, as in Algorithm 1. q may have further axes in front, such as
-# layers: the loss then has a value for each of them.
+# same B images. An anchor should match its own image's key in the other view. They return the mean
+# over images, summed over the two views, as in Algorithm 1: one value for each index of the axes in
+# front of q, such as layers.
 
 
 def gather_keys(z):
@@ -320,8 +322,9 @@ def similarity(q, keys, tau):
 
 
 def same_image(logits):
-    """A view of logits (..., B, ranks * B): those of each anchor with the key of its own image,
-    (..., B). Rank r's own images are columns r * B to r * B + B - 1."""
+    """Of logits (..., B, ranks * B), those of each anchor with the key of its own image: (..., B).
+    This rank's images are the columns from rank * B on. Memory is shared: what is written into the
+    result is written into logits."""
     return logits.diagonal(offset=rank() * logits.shape[-2], dim1=-2, dim2=-1)
 
 
@@ -341,14 +344,14 @@ def ctr(q, z, tau=0.2):
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss: as `ctr`, but an anchor has more negatives, for it also meets the keys of its
-    own view, all but its own image's. That one is masked: in plain SimCLR, nt_xent(z, z), it is the
-    anchor itself, and for a lower layer's anchor it is the last layer's view of the same image.
-    SimCLR has no factor 2 tau; it is a constant, which does not change what AdamW does."""
+    """SimCLR's loss: as `ctr`, but negatives are all other images' keys in both views. In the
+    anchor's own view its own image is left out: in plain SimCLR, nt_xent(z, z), that key is the
+    anchor itself. We keep `ctr`'s factor 2 tau: a constant on the whole loss, which AdamW undoes
+    (beside another loss, such as Distill-on-the-Go's, it matters)."""
     keys = gather_keys(z)  # (2, ranks * B, E)
     other_view = similarity(q, keys.flip(0), tau)  # (..., 2, B, ranks * B)
     own_view = similarity(q, keys, tau)
-    same_image(own_view).fill_(-torch.inf)  # no negative: exp(-inf) adds nothing below
+    same_image(own_view).fill_(-torch.inf)  # leaves it out: exp(-inf) is 0
     total = torch.logaddexp(other_view.logsumexp(-1), own_view.logsumexp(-1))
     cross_entropy = total - same_image(other_view)  # (..., 2, B)
     return 2 * tau * cross_entropy.mean(-1).sum(-1)
@@ -364,8 +367,8 @@ class SDSSL(nn.Module):
 
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
-    BYOL and MoCo v3 need predictors near their optimum, and Eq. 3 alone teaches those of lower
-    layers too little (section 3.2). README says what that term can do under AdamW.
+    BYOL and MoCo v3 need predictors that are nearly optimal for the present backbone, and Eq. 3
+    alone teaches those of lower layers too little (section 3.2).
 
     backbone: a module with `depth` (L) and `embed_dim` (D), whose forward takes images
         (B, 3, H, W) and returns a list of L representations (B, D)
@@ -373,7 +376,7 @@ class SDSSL(nn.Module):
     out_dim: E
     tau: temperature of the contrastive losses
     beta: weight of Eq. 5
-    every: distil only every n-th layer, counted from the last one (Table 6)
+    every: distill only every n-th layer, counted from the last one (Table 6)
     mid_layers: number of linear layers in the lower projectors; the paper has 3, or 2 (Table 6)
 
     Raises ValueError for what cannot be built."""
@@ -386,7 +389,7 @@ class SDSSL(nn.Module):
         if framework not in FRAMEWORKS:
             raise ValueError(f"framework must be one of {', '.join(FRAMEWORKS)}, not {framework!r}")
         if distill and L == 1:
-            raise ValueError("one layer has none below it to distil: choose plain, --no-distill")
+            raise ValueError("one layer has none below it to distill: choose plain, --no-distill")
         if distill and not 1 <= every < L:
             raise ValueError(f"every must be from 1 to {L - 1} with {L} layers, not {every}")
         self.framework = framework
@@ -394,7 +397,7 @@ class SDSSL(nn.Module):
         self.has_teacher = framework != "simclr"
         self.tau = tau
         self.beta = beta
-        # layers with heads, from 0: with every=4 of 12 layers 3, 7 and 11
+        # counted from 0: of 12 layers, every=4 gives heads to 3, 7 and 11
         from_last_down = range(L - 1, -1, -every) if distill else [L - 1]
         self.with_heads = sorted(from_last_down)
         # the plain framework first: distilled or not, it starts from the same random numbers
@@ -433,8 +436,7 @@ class SDSSL(nn.Module):
     def target(self, x):
         """Both views x (2B, 3, H, W) -> z (2, B, E), the teacher's last projection."""
         last = self.teacher(x)[-1].unflatten(0, (2, -1))  # (2, B, D)
-        [z] = self.teacher_projector(last[None])
-        return z
+        return self.teacher_projector(last[None]).squeeze(0)
 
     def L_ssl(self, q, z):
         """The framework's loss of part 4, between q (..., 2, B, E) and z (2, B, E) -> (...)."""
@@ -446,7 +448,7 @@ class SDSSL(nn.Module):
 
     def forward(self, x1, x2, alpha=1.0):
         """Algorithm 1 up to the loss, on two views (B, 3, H, W) of the same images. alpha is the
-        weight of Eq. 3; training raises it from 0. Returns a dict; all but `h` are scalars:
+        weight of Eq. 3. Returns a dict; all but `h` are scalars:
 
         loss: to be minimized
         ssl, isd, pred: its three terms before they are weighted, without gradient: the framework's,
@@ -466,8 +468,7 @@ class SDSSL(nn.Module):
             # sg(z): in SimCLR z is h[-1], which must not follow the lower layers
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
         if self.distill and self.has_teacher:
-            # sg(h): the predictors compute q once more, from an h that ends the way back. Backward
-            # then reaches the predictors alone
+            # sg(h): the predictors compute q again, in a graph of which they are the beginning
             loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
@@ -510,8 +511,8 @@ def cosine(start, end, t):
 
 
 def learning_rate(step, total, warmup_steps, peak):
-    """Linear over `warmup_steps`, which may be a fraction such as 2.5, to `peak`; then half a
-    cosine to 0 at step `total`."""
+    """Linear over `warmup_steps` (not always whole: 2.5, say) to `peak`, then half a cosine to 0 at
+    step `total`."""
     if step < warmup_steps:
         return peak * min(1, (step + 1) / warmup_steps)
     return cosine(peak, 0, (step - warmup_steps) / (total - warmup_steps))
@@ -519,7 +520,8 @@ def learning_rate(step, total, warmup_steps, peak):
 
 def schedules(step, total, warmup_steps, peak, alpha, anneal, m0):
     """Learning rate, alpha and the teacher's momentum at `step`, which counts from 0 to total - 1.
-    peak: of the learning rate. alpha: at the end, or always without anneal. m0: at the start."""
+    peak: of the learning rate. alpha: its value at the end, and with anneal=False all the time. m0:
+    momentum at the start."""
     lr = learning_rate(step, total, warmup_steps, peak)
     # section 4.5: the last layer is worth following only once it has learned something itself
     alpha = cosine(0, alpha, step / total) if anneal else alpha
@@ -534,7 +536,7 @@ def parameter_groups(model, weight_decay):
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        # some vectors have several axes: [CLS], and the norms of Heads (a row a copy)
+        # some vectors have further axes: [CLS], and the norms of Heads, which has copies
         vector = p.ndim < 2 or "cls_token" in name or "scales" in name or "shifts" in name
         if vector:
             spared.append(p)
@@ -636,10 +638,10 @@ def gaussian_blur(x, sigma, radius):
 
 
 def augment(x, blur, solarize, generator, share=0, shares=1):
-    """A random view of each image by BYOL's recipe (BYOL's own Table 6), which MoCo v3 uses, too:
-    crops x (B, 3, H, W) in [0, 1] -> the same. blur, solarize: their probabilities. generator: on
-    the CPU. x may be one of several equal shares of a batch, numbered from 0: random numbers are
-    drawn for the whole batch, so that views do not depend on how it is divided."""
+    """Random views of x (B, 3, H, W) in [0, 1], of the same shape, by BYOL's recipe (BYOL's own
+    Table 6), which MoCo v3 uses, too. blur, solarize: their probabilities. generator: on the CPU.
+    With several ranks, x is number `share` of `shares` equal shares of the batch. Each rank draws
+    the numbers of all shares and uses its own: views do not depend on how many there are."""
 
     def uniform(low, high):
         numbers = torch.rand(shares, len(x), 1, 1, 1, generator=generator)
@@ -685,9 +687,9 @@ def two_views(crops, seed, step):
 def random_box(tries, height, width, min_area):
     """A random crop's top, left, height and width, as torchvision's RandomResizedCrop draws it: the
     area is uniform from `min_area` to 1 (parts of the image's area), the logarithm of the aspect
-    uniform from log 3/4 to log 4/3. tries: four numbers in [0, 1) for each attempt, of which the
-    first that fits is taken; drawn by the caller, as many for an image that needs one attempt as
-    for one that needs ten. If none fits, the last is cut to fit (torchvision takes the center)."""
+    uniform from log 3/4 to log 4/3. tries: four numbers in [0, 1) for each attempt. The first box
+    that fits into the image is taken; if none does, the last one is cut to fit (torchvision takes
+    the center)."""
     for u_area, u_aspect, u_top, u_left in tries:
         area = (min_area + (1 - min_area) * u_area) * height * width
         aspect = (3 / 4) ** (1 - 2 * u_aspect)
@@ -793,9 +795,9 @@ def has_parts(data):
 
 
 def open_dataset(data, part="pretrain"):
-    """The part "pretrain" (whose classes nobody reads), "train" or "val" of `data`: "toy", one of
-    SETS, or a folder, which is pretrained on as a whole if it has no parts. Raises UserError for
-    what is not there."""
+    """The part "pretrain" (which needs no classes), "train" or "val" of `data`: "toy", one of SETS,
+    or a folder, which is pretrained on as a whole if it has no parts. Raises UserError for what is
+    not there."""
     if data == "toy":
         return draw_glyphs(1024, seed=1) if part == "val" else draw_glyphs(4096, seed=0)
     if data in SETS:
@@ -948,8 +950,8 @@ def labeled_parts(data, size, opened=None):
 
 def read_ahead(dataset, device, workers, sampler, batch_size=None):
     """A DataLoader, whose worker processes read what the sampler says ahead of time. batch_size
-    None: an item is a whole batch. Ten minutes without a batch end it: torch would wait for ever
-    for a worker that was killed, for want of shared memory, say."""
+    None: an item is a whole batch. After ten minutes without a batch it raises an error, where
+    torch would wait forever, for a worker that was killed because shared memory is full, say."""
     return DataLoader(
         dataset,
         batch_size,
@@ -1044,14 +1046,33 @@ ARCHS = {
     "resnet50": dict(name="resnet50"),
 }
 TOY = dict(
-    arch="vit_toy", img_size=32, patch_size=8, hidden_dim=512, out_dim=128,
-    epochs=28, warmup=2 / 28, batch_size=256, lr=6e-3, weight_decay=0.05, m0=0.9, min_crop=0.5,
-    knn_every=14, workers=0,
-)  # fmt: skip
+    arch="vit_toy",
+    img_size=32,
+    patch_size=8,
+    hidden_dim=512,
+    out_dim=128,
+    epochs=28,
+    warmup=2 / 28,
+    batch_size=256,
+    lr=6e-3,
+    weight_decay=0.05,
+    m0=0.9,
+    min_crop=0.5,
+    knn_every=14,
+    workers=0,
+)
 CIFAR = dict(
-    arch="vit_tiny", img_size=32, patch_size=4, hidden_dim=2048,
-    epochs=200, warmup=0.05, batch_size=512, lr=5e-4, m0=0.99, min_crop=0.2,
-)  # fmt: skip
+    arch="vit_tiny",
+    img_size=32,
+    patch_size=4,
+    hidden_dim=2048,
+    epochs=200,
+    warmup=0.05,
+    batch_size=512,
+    lr=5e-4,
+    m0=0.99,
+    min_crop=0.2,
+)
 PRESETS = {
     "toy": TOY,
     "cifar10": CIFAR,
@@ -1089,7 +1110,7 @@ class Config:
     alpha: float = setting(1.0, "weight of intermediate self-distillation, at the end")
     anneal: bool = setting(True, "alpha rises from 0, half a cosine; without it, it is constant")
     beta: float = setting(1.0, "weight of the predictor loss")
-    every: int = setting(1, "distil each n-th layer only, counted from the last one")
+    every: int = setting(1, "distill each n-th layer only, counted from the last one")
     mid_layers: int = setting(3, "linear layers of the lower projectors", (2, 3))
     tau: float = setting(0.2, "temperature of the contrastive loss")
     m0: float = setting(0.996, "teacher's momentum at the start; a cosine takes it to 1")
@@ -1145,7 +1166,7 @@ def parse_config(argv=None):
     number that makes no sense; anything else that is wrong ends the program, by argparse."""
     parser = argparse.ArgumentParser(
         "sdssl.py", usage="sdssl.py [--SETTING VALUE ...]; --help shows all", allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False,
     )  # fmt: skip
     for each in fields(Config):
         flag = "--" + each.name.replace("_", "-")
@@ -1155,11 +1176,12 @@ def parse_config(argv=None):
         else:
             choices = each.metadata["choices"]
             parser.add_argument(flag, type=each.type, choices=choices, **options)
-    given = parser.parse_args(argv)
+    given, _ = parser.parse_known_args(argv)  # for the defaults
     preset = given.preset or (given.data if given.data in PRESETS else "imagenet")
     if preset == "imagenet" and given.framework == "simclr":
         parser.set_defaults(lr=1.3e-4)  # the paper's for SimCLR (section 4.1)
     parser.set_defaults(bf16=has_bfloat16(given.device), **PRESETS[preset])
+    parser.add_argument("--help", action="help", help="show these defaults, by --data and --preset")
     return Config(**vars(parser.parse_args(argv)))
 
 
@@ -1222,8 +1244,8 @@ def load_checkpoint(path):
 def load_backbone(path, which="teacher", **changes):
     """A trained backbone in eval mode, from the checkpoint alone. which: "teacher" (SimCLR's only
     network, too), "student" or "peer". Changes of a ViT's architecture: depth=n for the first n
-    blocks and the final norm, whose outputs are layers 1 to n; pool="patches" or "cls" for another
-    reading of the layers. Raises UserError for what is not there."""
+    blocks and the final norm, whose outputs are layers 1 to n; pool="patches" or "cls", see
+    VisionTransformer. Raises UserError for what is not there."""
     networks = load_checkpoint(path)["networks"]
     if which not in networks:
         raise UserError(f"{path} holds no {which}, but {', '.join(networks)}")
@@ -1281,21 +1303,21 @@ class Run:
         return step
 
     def start(self):
-        """Write settings and a picture, and open the log, as far as the checkpoint has it. A run
-        that begins saves a checkpoint at once, by which others know its folder."""
+        """Write settings and log, which ends where the checkpoint was written. A run that begins
+        also draws a picture, and saves a checkpoint at once, by which others know its folder."""
         if rank() > 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
-        crops = self.dataset[0][0][:, :12]
-        views = torch.cat(two_views(crops, "picture", 0))  # a row of first, a row of second
-        picture = self.folder / "views.png"
-        torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
         self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
         for record in self.records:
             self.file.write(json.dumps(record) + "\n")
-        self.show_tables(self.records)
+            self.show_table(record)
         if not (self.folder / "last.pt").exists():
+            crops = self.dataset[0][0][:, :12]
+            views = torch.cat(two_views(crops, "picture", 0))  # a row of first, a row of second
+            picture = self.folder / "views.png"
+            torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
             self.save(0)
 
     def log(self, step, **record):
@@ -1313,20 +1335,19 @@ class Run:
         """Log, print and save k-NN tables, {network: a percentage for each layer}."""
         for network, percentages in tables.items():
             self.log(step, network=network, knn=percentages)
-            self.show_tables(self.records[-1:])
+            self.show_table(self.records[-1])
         self.save(step)
 
-    def show_tables(self, records):
-        """Print the k-NN tables among these records, a row each. The numbers of the layers stand
-        above the run's first one."""
-        tables = [record for record in self.records if "knn" in record]
-        for record in records:
-            if "knn" not in record:
-                continue
-            percentages = record["knn"]
-            if record is tables[0]:
-                say(table_row("k-NN %, layer", range(1, 1 + len(percentages)), digits=0))
-            say(table_row(f"{record['network']}, epoch {record['epoch']:.3g}", percentages))
+    def show_table(self, record):
+        """Print a record that is a k-NN table, as a row. The first row has the layers above it."""
+        if "knn" not in record:
+            return
+        name = f"epoch {record['epoch']:.3g}" if record["step"] else "untrained"
+        if record["network"] == "peer":
+            name = f"peer, {name}"
+        elif record["step"] == 0:
+            say(table_row("k-NN (%), layer", range(1, 1 + len(record["knn"])), digits=0))
+        say(table_row(name, record["knn"]))
 
     def save(self, step):
         """Write the checkpoint: what it takes to resume; and for other uses, networks by name. The
@@ -1366,7 +1387,7 @@ def set_up(device):
         torch.set_float32_matmul_precision("highest")  # NVIDIA's containers ask for TF32
         torch.backends.cuda.enable_cudnn_sdp(False)  # fails in some releases (pytorch 138529)
     if "RANK" in os.environ:
-        # by name, because torch would take NCCL alone, which knows no CPU tensors
+        # both, because NCCL alone cannot send tensors that are on the CPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     return torch.device(device)
 
@@ -1433,8 +1454,8 @@ def train(config):
     annealing = (config.alpha, config.anneal, config.m0)
     table_every = config.knn_every * dataset.steps_per_epoch
     batches = iter(read_ahead(dataset, device, config.workers, range(step, last)))
-    unit = dict(unit="img", unit_scale=batch_size)  # of a step
-    bar = tqdm(total=last, initial=step, disable=rank() > 0, **unit)
+    progress = dict(total=last, initial=step, unit="img", unit_scale=batch_size)
+    bar = tqdm(**progress, disable=rank() > 0)
     logged = step
     clock = time.perf_counter()
     while True:
@@ -1453,10 +1474,10 @@ def train(config):
         bar.update()
         epoch_ends = step == last or step % dataset.steps_per_epoch == 0
         if epoch_ends or step % config.log_every == 0:  # only here this loop waits for the device
-            terms = mean_over_ranks(terms, step)
+            means = mean_over_ranks(terms, step)
             speed = (step - logged) * batch_size / (time.perf_counter() - clock)
-            run.log(step, lr=lr, alpha=alpha, **terms, images_per_s=speed)
-            bar.set_postfix(loss=terms["loss"])
+            run.log(step, lr=lr, alpha=alpha, **means, images_per_s=speed)
+            bar.set_postfix(loss=means["loss"])
             if epoch_ends:
                 run.save(step)
             logged = step
@@ -1494,8 +1515,8 @@ def main(argv=None):
 class ResNet(nn.Module):
     """torchvision's resnet18, resnet50, ...: images (B, 3, H, W) -> the outputs of its four stages,
     average-pooled, and padded with zeros to the width D of the last one: a list of four (B, D). In
-    training, x is two views in a row, and BatchNorm sees one at a time. Images of 64 pixels and
-    less get the small stem: a 3 x 3 convolution, no pooling."""
+    training, x holds two views, one after the other, and BatchNorm normalizes each on its own.
+    Images of 64 pixels and less get the small stem: a 3 x 3 convolution, no pooling."""
 
     depth = 4
 
@@ -1536,7 +1557,7 @@ def mutual_kl(h, peer_h, tau=0.1):
     def rows(projections):
         return similarity(projections[0], gather_keys(projections)[1], tau).log_softmax(-1)
 
-    # torch's kl_div takes the distribution that learns first: this is KL(peer || own)
+    # kl_div(p, q) is KL(q || p): the distribution that learns comes first
     return F.kl_div(rows(h), rows(peer_h).detach(), log_target=True, reduction="batchmean")
 
 

@@ -1318,7 +1318,8 @@ def test_a_runs_folder_holds_what_readme_says(toy_run):
     features = [sdssl.extract(backbone, part, CPU) for part in parts]
     assert tables[-1] == pytest.approx(sdssl.knn(*features, CPU))
     for record in (records[0], records[-1]):
-        row = [f"teacher, epoch {record['epoch']:.3g}", *(f"{x:.1f}" for x in record["knn"])]
+        name = "epoch 6" if record["step"] else "untrained"
+        row = [name, *(f"{x:.1f}" for x in record["knn"])]
         assert " ".join(row) in " ".join(toy_run.output.split())
     picture = Image.open(run / "views.png")
     assert picture.size == (12 * 34 + 2, 2 * 34 + 2)
@@ -1335,8 +1336,8 @@ def test_a_finished_run_shows_its_tables_again_and_stays_what_it_is(toy_run, tmp
     run = shutil.copytree(toy_run.folder, tmp_path / "run")
     (run / "log.jsonl").unlink()
     sdssl.main([*toy_run.flags, "--data", str(data), "--out", str(run)])
-    rows = [line for line in toy_run.output.splitlines() if "epoch" in line]
-    assert len(rows) == 7
+    rows = [line for line in toy_run.output.splitlines() if re.match("k-NN|unt|epoch", line)]
+    assert len(rows) == 8  # of layers' numbers, and of tables
     assert set(rows) <= set(capsys.readouterr().out.splitlines())
     assert timeless(run) == timeless(toy_run.folder)
     assert_same_weights(run, toy_run.folder)
@@ -1709,6 +1710,7 @@ def test_help_shows_every_setting_with_its_meaning(capsys):
     with pytest.raises(SystemExit, match="0"):
         sdssl.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert "pixels (default: 32)" in text  # what `python sdssl.py` would take
     for field in sdssl.fields(sdssl.Config):
         assert "--" + field.name.replace("_", "-") in text
         assert field.metadata["help"] in text
