@@ -124,8 +124,10 @@ class RandomViews(sdssl.CenterCrops):
         self.min_crop = min_crop
         self.view = view
 
+    scale = sdssl.TrainingCrops.scale  # crops as small as in training
+
     def __getitem__(self, i):
-        image, label = sdssl.read_image(self.source, i)
+        image, label = sdssl.read_image(self.source, i, self.scale)
         x = TF.pil_to_tensor(image)
         generator = sdssl.seeded("analysis", i, self.view)
         tries = torch.rand(10, 4, generator=generator).tolist()

@@ -52,9 +52,13 @@ import random
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
+
+# before torch: its threads then sleep while they wait, and leave the cores to others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist
@@ -709,6 +713,12 @@ class UserError(Exception):
     """Something the user can change: one line on the command line, and exit code 2."""
 
 
+def say(text):
+    """Print, on rank 0 alone, without breaking a progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
 def draw_glyphs(n, seed):
     """The toy set, n times (PIL image of 32 pixels, class): gray flowers. The class is the number
     of petals, 0 to 4, and whether there is a hole. They are gray (but for noise) because instance
@@ -753,26 +763,27 @@ class ImageFiles:
     photo.jpg). Raises UserError if there are no images."""
 
     def __init__(self, root):
-        self.paths = []
+        self.root = root
+        self.names = []  # paths below root
         class_names = []  # of each image
         for folder, below, names in os.walk(root, followlinks=True):
             below[:] = sorted(name for name in below if not name.startswith("."))  # walked next
             way = Path(folder).relative_to(root).parts
             for name in sorted(names):
                 if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                    self.paths.append(os.path.join(folder, name))
+                    self.names.append(os.path.join(*way, name))
                     class_names.append(way[0] if way else "no folder")
-        if not self.paths:
+        if not self.names:
             raise UserError(f"{root} holds no images ({' '.join(IMG_EXTENSIONS)})")
         self.classes = sorted(set(class_names))
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = [numbers[name] for name in class_names]
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, i):
-        return Image.open(self.paths[i]), self.labels[i]
+        return Image.open(os.path.join(self.root, self.names[i])), self.labels[i]
 
 
 def open_named(data, part):
@@ -824,12 +835,16 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def read_image(source, i):
-    """Image i of a dataset in RGB, and its class. Raises UserError, with its name, if broken."""
+def read_image(source, i, scale):
+    """Image i of a dataset in RGB, and its class. scale(width, height): as much of its size as is
+    needed; if that is half or less, a JPEG is decoded at 1/2, 1/4 or 1/8, which takes far less
+    time. Raises UserError, with its name, if it is unreadable."""
     name = f"image {i}"
     try:
         image, label = source[i]
         name = getattr(image, "filename", name)
+        needed = scale(*image.size)
+        image.draft(None, [math.ceil(needed * pixels) for pixels in image.size])
         return to_rgb(image), label
     except Exception as error:  # each of PIL's decoders has its own
         raise UserError(f"{name} is unreadable: {error}") from error
@@ -893,13 +908,17 @@ class TrainingCrops:
         broken files often lie side by side, and must not all have one stand-in."""
         for attempt in range(100):
             try:
-                return read_image(self.source, i)
+                return read_image(self.source, i, self.scale)
             except UserError as error:
                 complaint = str(error)
             warnings.warn(f"{complaint}: another image takes its place")
             generator = seeded("another", self.seed, step, i, attempt)
             i = int(torch.randint(len(self.source), (), generator=generator))
         raise UserError(f"100 images in a row are unreadable, the last one: {complaint}")
+
+    def scale(self, width, height):
+        """See read_image: the shorter side of the smallest crop needs `size` pixels."""
+        return self.size / math.sqrt(self.min_crop * width * height * 3 / 4)
 
     def crop(self, x, tries):
         """A random part of x (1, 3, H, W), resized: (1, 3, size, size)."""
@@ -924,27 +943,38 @@ class CenterCrops:
         return len(self.source)
 
     def __getitem__(self, i):
-        image, label = read_image(self.source, i)
+        image, label = read_image(self.source, i, self.scale)
         if image.size != (self.size, self.size):
             image = TF.resize(image, self.size * 8 // 7, interpolation=self.interpolation)
             image = TF.center_crop(image, self.size)
         return TF.pil_to_tensor(image), label
 
+    def scale(self, width, height):
+        """See read_image: the shorter side is resized."""
+        return self.size * 8 / 7 / min(width, height)
+
 
 def labeled_parts(data, size, opened=None):
     """Training and validation part of `data` as CenterCrops, for k-NN and probes; [] without two
-    classes to tell apart. opened: the images of pretraining, if they are open already; a folder's
-    are those of its training part. Raises UserError if the parts have different classes."""
+    classes to tell apart. Says what it has found. opened: the images of pretraining, if they are
+    open already; a folder's are those of its training part. Raises UserError if the parts have
+    different classes."""
+    no_classes = f"{data}: no classes, which are folders in train/ and in val/: no k-NN tables"
     if not has_parts(data):
+        say(no_classes)
         return []
     train = opened if isinstance(opened, ImageFiles) else open_dataset(data, "train")
     val = open_dataset(data, "val")
-    unlike = set(getattr(train, "classes", ())) ^ set(getattr(val, "classes", ()))
-    if unlike:
+    names = [set(getattr(part, "classes", ())) for part in (train, val)]  # glyphs have none
+    if names[0] != names[1]:
+        unlike = ", ".join(map(ascii, sorted(names[0] ^ names[1])))  # ascii: some look the same
         what = f"--data {data}: train and val have different classes"
-        raise UserError(f"{what}, only in one of them: {', '.join(sorted(unlike))}")
-    if isinstance(train, ImageFiles) and len(train.classes) < 2:
+        raise UserError(f"{what}, only in one of them: {unlike}")
+    if isinstance(train, ImageFiles) and len(names[0]) < 2:
+        say(no_classes)
         return []
+    classes = f"{len(names[0])} classes, " if names[0] else ""
+    say(f"{data}: {classes}{len(train)} images to train, {len(val)} to validate")
     return [CenterCrops(train, size), CenterCrops(val, size)]
 
 
@@ -997,13 +1027,14 @@ def extract(backbone, dataset, device, workers=0, bf16=False):
     share = [(i * world_size() + rank()) % n for i in range(each)]
     features = []
     labels = []
-    for images, y in read_ahead(dataset, device, workers, share, batch_size=256):
+    batches = read_ahead(dataset, device, workers, share, batch_size=256)
+    for images, y in tqdm(batches, "evaluation", leave=False, disable=rank() > 0):
         x = normalize_pixels(images.to(device, non_blocking=True) / 255)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             layers = backbone(x)
         layers = torch.cat([layer.half() for layer in layers], dim=1)
         features.append(layers.cpu())  # waits for the device, once a batch
-        labels.append(y)
+        labels.append(y.clone())  # a worker's own lies in shared memory, and keeps a file open
     return torch.cat(features).split(backbone.embed_dim, dim=1), torch.cat(labels), n
 
 
@@ -1080,6 +1111,8 @@ PRESETS = {
     "imagenet": {},  # the defaults below
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WORKERS = min(8, os.cpu_count())
+SAVE_SECONDS = 60  # at least so many between two checkpoints, of epochs that are short
 # a run may go on with other values of these; all others decide what is learned
 MAY_CHANGE = ("data", "preset", "out", "max_steps", "knn_every", "log_every", "workers", "device",
               "bf16", "compile", "recompute")  # fmt: skip
@@ -1139,7 +1172,7 @@ class Config:
     max_steps: int = setting(0, "stop once the run has made so many steps, schedules as planned")
     knn_every: int = setting(10, "epochs between two k-NN tables; 0: no table at all")
     log_every: int = setting(10, "steps between two lines of log.jsonl")
-    workers: int = setting(8, "processes a rank that read images; 0: none but the training's own")
+    workers: int = setting(WORKERS, "processes a rank that read images; 0: the training's own")
     device: str = setting(DEVICE, "what computes", ("cpu", "cuda"))
     bf16: bool = setting(False, "bfloat16 autocast; by default on with GPUs that have it")
     compile: bool = setting(False, "torch.compile a ViT's blocks")
@@ -1258,16 +1291,10 @@ def load_backbone(path, which="teacher", **changes):
 # ---- 11. A folder is a run: the same command begins it, goes on, or shows that it is finished ----
 
 
-def say(text):
-    """Print, on rank 0 alone, without breaking a progress bar."""
-    if rank() == 0:
-        tqdm.write(text)
-
-
 class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
     record a line) and last.pt (the checkpoint). Rank 0 writes. `learned` tells this run from
-    others: the settings that decide what is learned, and the number of images."""
+    others: the settings that decide what is learned, and the images."""
 
     def __init__(self, config, dataset, model, optimizer):
         framework = f"sd-{config.framework}" if config.distill else config.framework
@@ -1279,7 +1306,12 @@ class Run:
         self.folder = Path(config.out or f"runs/{name}")
         settings = asdict(config).items()
         self.learned = {name: value for name, value in settings if name not in MAY_CHANGE}
-        self.learned["images"] = len(dataset.source)
+        images = config.data
+        if isinstance(dataset.source, ImageFiles):  # a folder may move
+            images = zlib.crc32(repr(dataset.source.names).encode())
+        self.learned["images"] = f"{len(dataset.source)} of {images}"
+        self.saved_step = 0
+        self.saved_at = 0.0  # seconds
         self.records = []  # of the log
         self.file = None  # log.jsonl, on rank 0
 
@@ -1297,12 +1329,12 @@ class Run:
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.records = checkpoint["log"]
-            step = checkpoint["step"]
+            self.saved_step = step = checkpoint["step"]
         if len(gather(torch.tensor(step)).unique()) > 1:
             raise UserError(f"{self.folder} must be the same for all nodes: ranks differ")
         return step
 
-    def start(self):
+    def __enter__(self):
         """Write settings and log, which ends where the checkpoint was written. A run that begins
         also draws a picture, and saves a checkpoint at once, by which others know its folder."""
         if rank() > 0:
@@ -1319,6 +1351,12 @@ class Run:
             picture = self.folder / "views.png"
             torchvision.utils.save_image(views * STD + MEAN, picture, nrow=crops.shape[1])
             self.save(0)
+
+    def __exit__(self, kind, error, traceback):
+        """At the end, and if it is stopped."""
+        if self.file:
+            self.file.close()
+        say(f"{self.folder} holds the run up to step {self.saved_step}")
 
     def log(self, step, **record):
         """Add a record to the log."""
@@ -1349,10 +1387,10 @@ class Run:
             say(table_row("k-NN (%), layer", range(1, 1 + len(record["knn"])), digits=0))
         say(table_row(name, record["knn"]))
 
-    def save(self, step):
+    def save(self, step, always=True):
         """Write the checkpoint: what it takes to resume; and for other uses, networks by name. The
-        old one is there until the new one is."""
-        if rank() > 0:
+        old one is there until the new one is. always=False: not if there is one of just now."""
+        if rank() > 0 or (not always and time.monotonic() - self.saved_at < SAVE_SECONDS):
             return
         networks = {}
         for name, network in self.model.networks.items():
@@ -1369,6 +1407,8 @@ class Run:
         new = self.folder / "last.pt.new"
         torch.save(checkpoint, new)
         os.replace(new, self.folder / "last.pt")
+        self.saved_step = step
+        self.saved_at = time.monotonic()
 
 
 # ---- 12. Training ----
@@ -1446,43 +1486,42 @@ def train(config):
     step = run.resume()
     total = config.epochs * dataset.steps_per_epoch
     last = min(total, config.max_steps or total)
-    say(f"{run.folder}: step {step} to {last} of {total}, {device} x {world_size()}")
-    run.start()
+    images = f"{len(source)} images of {config.data}"
+    say(f"{run.folder}: {images}, step {step} to {last} of {total}, {device} x {world_size()}")
 
     ready = prepare(model, config)  # shares the model's weights
     peak = config.lr * batch_size / 256
     annealing = (config.alpha, config.anneal, config.m0)
     table_every = config.knn_every * dataset.steps_per_epoch
     batches = iter(read_ahead(dataset, device, config.workers, range(step, last)))
-    progress = dict(total=last, initial=step, unit="img", unit_scale=batch_size)
-    bar = tqdm(**progress, disable=rank() > 0)
+    progress = dict(total=last * batch_size, initial=step * batch_size, unit="img", unit_scale=True)
     logged = step
     clock = time.perf_counter()
-    while True:
-        table_due = parts and (step >= last or step % table_every == 0)
-        if table_due and not run.has_tables(step):
-            run.add_tables(step, knn_tables(model, parts, device, config))
-            clock = time.perf_counter()
-        if step >= last:
-            break
+    with run, tqdm(**progress, disable=rank() > 0) as bar:
+        while True:
+            table_due = parts and (step >= last or step % table_every == 0)
+            if table_due and not run.has_tables(step):
+                run.add_tables(step, knn_tables(model, parts, device, config))
+                clock = time.perf_counter()
+            if step >= last:
+                break
 
-        crops, _ = next(batches)
-        x1, x2 = two_views(crops.to(device, non_blocking=True), config.seed, step)
-        lr, alpha, momentum = schedules(step, total, config.warmup * total, peak, *annealing)
-        terms = train_step(ready, optimizer, x1, x2, lr, alpha, momentum, config.bf16)
-        step += 1
-        bar.update()
-        epoch_ends = step == last or step % dataset.steps_per_epoch == 0
-        if epoch_ends or step % config.log_every == 0:  # only here this loop waits for the device
-            means = mean_over_ranks(terms, step)
-            speed = (step - logged) * batch_size / (time.perf_counter() - clock)
-            run.log(step, lr=lr, alpha=alpha, **means, images_per_s=speed)
-            bar.set_postfix(loss=means["loss"])
-            if epoch_ends:
-                run.save(step)
-            logged = step
-            clock = time.perf_counter()
-    say(f"Pictures, log and networks are in {run.folder}")
+            crops, _ = next(batches)
+            x1, x2 = two_views(crops.to(device, non_blocking=True), config.seed, step)
+            lr, alpha, momentum = schedules(step, total, config.warmup * total, peak, *annealing)
+            terms = train_step(ready, optimizer, x1, x2, lr, alpha, momentum, config.bf16)
+            step += 1
+            bar.update(batch_size)
+            epoch_ends = step == last or step % dataset.steps_per_epoch == 0
+            if epoch_ends or step % config.log_every == 0:  # only here the loop awaits the device
+                means = mean_over_ranks(terms, step)
+                speed = (step - logged) * batch_size / (time.perf_counter() - clock)
+                run.log(step, lr=lr, alpha=alpha, **means, images_per_s=speed)
+                bar.set_postfix(ssl=means["ssl"])  # the whole loss rises, as alpha does
+                if epoch_ends:
+                    run.save(step, always=step == last)
+                logged = step
+                clock = time.perf_counter()
 
 
 @contextlib.contextmanager
@@ -1498,6 +1537,8 @@ def one_line_errors(program):
         message = str(error).rpartition("UserError: ")[2].strip()
         tqdm.write(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells expect
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -628,7 +628,7 @@ def test_train_hands_the_settings_on(bf16, tmp_path, monkeypatch):
     def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
         decay = [group["weight_decay"] for group in optimizer.param_groups]
         steps.append(dict(lr=lr, alpha=alpha, momentum=momentum, bf16=bf16, decay=decay))
-        return dict(loss=torch.tensor(1.0))
+        return dict(loss=torch.tensor(1.0), ssl=torch.tensor(1.0))
 
     def noted_views(crops, seed, step):
         if seed != "picture":
@@ -700,6 +700,35 @@ SWITCHES = {  # flags: what they change in the first step, and how
     "--framework mocov3 --every 5": lambda r: r["pred"] == pytest.approx(r["ssl"] + r["isd"]),
     "--framework byol --no-distill": lambda r: r["loss"] == r["ssl"] and r["isd"] == 0,
 }
+
+
+def test_the_bar_counts_images_and_shows_the_frameworks_loss(tmp_path, capsys):
+    sdssl.main([*RUN, "--max-steps", "2", "--out", str(tmp_path)])
+    sdssl.main([*RUN, "--max-steps", "4", "--out", str(tmp_path)])
+    ssl = log_of(tmp_path)[-1]["ssl"]
+    last = re.split("[\r\n]+", capsys.readouterr().err.strip())[-1]
+    assert "192/192" in last and f"ssl={ssl:.3g}" in last
+
+
+def test_threads_that_wait_leave_the_cores_to_others():
+    code = """
+        import importlib.abc, os, sys
+
+        class BeforeTorch(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, path, target=None):
+                if name == "torch":
+                    print(os.environ.get("OMP_WAIT_POLICY"))
+                    os._exit(0)
+
+        sys.meta_path.insert(0, BeforeTorch())
+        import sdssl
+    """
+    command = [sys.executable, "-c", inspect.cleandoc(code)]
+    for chosen in ("ACTIVE", None):
+        others = {name: value for name, value in os.environ.items() if "OMP_" not in name}
+        env = others | ({"OMP_WAIT_POLICY": chosen} if chosen else {})
+        done = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == (chosen or "PASSIVE")
 
 
 @pytest.mark.parametrize("flags", SWITCHES)
@@ -918,6 +947,20 @@ def test_three_processes_log_what_one_logs_and_one_goes_on_from_three(i, three_r
     for ours, theirs in zip(one, on):
         for name in ("loss", "ssl", "isd", "pred", "spread"):
             assert ours[name] == pytest.approx(theirs[name], rel=3e-4, abs=3e-4)
+
+
+def test_labels_of_an_evaluation_keep_no_file_open(monkeypatch):
+    shared = []
+    cat = torch.cat
+
+    def noted(tensors, dim=0):
+        shared.extend(x.is_shared() for x in tensors)
+        return cat(tensors, dim=dim)
+
+    monkeypatch.setattr(torch, "cat", noted)
+    images = (255 * some_images(8, 16, 16)).byte()
+    sdssl.extract(tiny("simclr").backbone, list(zip(images, range(8))), CPU, workers=1)
+    assert shared and not any(shared)
 
 
 def test_three_ranks_have_every_images_features_in_order(three_ranks):
@@ -1151,6 +1194,34 @@ def test_every_kind_of_image_is_seen_as_a_viewer_shows_it(tmp_path):
     assert (numpy.asarray(found) == (values // 256)[:, :, None]).all()
 
 
+def test_large_jpegs_are_decoded_small_with_pixels_enough(tmp_path, monkeypatch):
+    smooth = torch.rand(1, 3, 6, 8, generator=seeded("smooth"))
+    photo = TF.to_pil_image(F.interpolate(smooth, (912, 1216), mode="bicubic")[0].clamp(0, 1))
+    photo.save(tmp_path / "photo.jpg", quality=95)
+    photo.save(tmp_path / "photo.png")
+    source = open_dataset(str(tmp_path))
+    sizes = []
+    to_rgb = sdssl.to_rgb
+
+    def noted(image):
+        sizes.append(image.size)
+        return to_rgb(image)
+
+    monkeypatch.setattr(sdssl, "to_rgb", noted)
+    for least, expected in ((0.2, (304, 228)), (0.03, (608, 456)), (0.001, (1216, 912))):
+        crops, _ = TrainingCrops([source[0]], 1, 64, least, seed=0)[0]
+        whole, _ = TrainingCrops([source[1]], 1, 64, least, seed=0)[0]
+        assert sizes[-2:] == [expected, (1216, 912)]
+        smallest = (least * 3 / 4 * expected[0] * expected[1]) ** 0.5
+        assert smallest >= 64 or expected == (1216, 912)
+        if least == 0.2:
+            assert (crops.float() - whole.float()).abs().mean() < 3  # gray levels
+    center, _ = CenterCrops(source, 64)[0]
+    whole, _ = CenterCrops(source, 64)[1]
+    assert sizes[-2] == (152, 114)  # 73 of the shorter side are needed
+    assert (center.float() - whole.float()).abs().mean() < 1
+
+
 def test_photos_are_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: the first row is on the right
@@ -1214,9 +1285,9 @@ def test_a_folder_has_train_and_val_or_is_images_at_any_depth(folder, tmp_path, 
     for part in ("train", "val"):
         source = open_dataset(str(folder), part)
         names = [f"{name}/{i}.png" for name in ("cats", "dogs") for i in range(10)]
-        assert source.paths == [str(folder / part / name) for name in names]
+        assert source.names == names and source[0][0].filename == str(folder / part / names[0])
         assert source.labels == [0] * 10 + [1] * 10 and source.classes == ["cats", "dogs"]
-    assert open_dataset(str(folder)).paths == open_dataset(str(folder), "train").paths
+    assert open_dataset(str(folder)).names == open_dataset(str(folder), "train").names
     assert len(open_dataset(str(folder.parent))) == 40
     assert len(open_dataset(str(folder / "val" / "cats"))) == 10
     for part in ("train", "val"):  # of a folder that has none
@@ -1238,11 +1309,25 @@ def test_a_folder_has_train_and_val_or_is_images_at_any_depth(folder, tmp_path, 
     assert len(open_dataset("toy")) == 4096  # the set, not the folder
 
 
+def test_what_is_found_in_a_folder_is_said(folder, tmp_path, capsys):
+    def said(data):
+        found = sdssl.labeled_parts(str(data), 16)
+        return len(found), capsys.readouterr().out
+
+    words = f"{folder}: 2 classes, 20 images to train, 20 to validate\n"
+    assert said(folder) == (2, words)
+    data = shutil.copytree(folder, tmp_path / "vehicles")
+    (data / "val").rename(data / "valid")
+    parts, words = said(data)  # train/ is one class of several, or val/ has another name
+    assert parts == 0 and "no classes" in words
+    assert len(open_dataset(str(data))) == 40
+    assert "2 images" not in words
+
+
 def test_parts_of_different_classes_are_refused_by_name(folder, tmp_path):
-    assert [len(part) for part in sdssl.labeled_parts(str(folder), 16)] == [20, 20]
     data = shutil.copytree(folder, tmp_path / "data")
     (data / "val/cats").rename(data / "val/cat")
-    with pytest.raises(UserError, match="only in one of them: cat, cats"):
+    with pytest.raises(UserError, match="only in one of them: 'cat', 'cats'"):
         sdssl.labeled_parts(str(data), 16)
     for part in ("train", "val"):
         (data / part).rename(data / "images")
@@ -1283,9 +1368,12 @@ def test_a_killed_run_ends_with_the_same_weights_and_log_bit_for_bit(toy_run, tm
     assert_same_weights(killed, toy_run.folder)
 
 
-@pytest.mark.parametrize("function", ["knn_tables", "train_step"])
-@pytest.mark.parametrize("calls", [0, 3])
-def test_a_run_that_is_stopped_anywhere_goes_on(function, calls, toy_run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("function, calls, kept", [
+    ("knn_tables", 0, 0), ("knn_tables", 3, 6), ("train_step", 0, 0), ("train_step", 7, 6),
+])  # fmt: skip
+def test_a_run_that_is_stopped_anywhere_goes_on(
+    function, calls, kept, toy_run, tmp_path, monkeypatch
+):
     real = getattr(sdssl, function)
     counted = itertools.count()
 
@@ -1297,11 +1385,46 @@ def test_a_run_that_is_stopped_anywhere_goes_on(function, calls, toy_run, tmp_pa
     flags = [*toy_run.flags, "--out", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(sdssl, function, stops)
+        patch.setattr(sdssl, "SAVE_SECONDS", 0)
         with pytest.raises(ZeroDivisionError):
             sdssl.main(flags)
+    assert saved(tmp_path)["step"] == kept  # an epoch whose table fails, too
     sdssl.main(flags)
     assert timeless(tmp_path) == timeless(toy_run.folder)
     assert_same_weights(tmp_path, toy_run.folder)
+
+
+def test_short_epochs_do_not_write_a_checkpoint_each(toy_run, tmp_path, monkeypatch):
+    steps = []
+    save = torch.save
+
+    def noted(checkpoint, path):
+        steps.append(checkpoint["step"])
+        save(checkpoint, path)
+
+    monkeypatch.setattr(torch, "save", noted)
+    flags = [*toy_run.flags, "--knn-every", "0"]
+    sdssl.main([*flags, "--out", str(tmp_path / "slow disk")])
+    assert steps == [0, 12]
+    monkeypatch.setattr(sdssl, "SAVE_SECONDS", 0)
+    sdssl.main([*flags, "--out", str(tmp_path / "fast disk")])
+    assert steps == [0, 12, 0, 2, 4, 6, 8, 10, 12]
+
+
+def test_ctrl_c_says_up_to_which_step_the_folder_holds_the_run(toy_run, tmp_path):
+    command = [sys.executable, HERE / "sdssl.py", *toy_run.flags, "--max-steps", "16"]
+    command += ["--out", tmp_path, "--workers", "1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, **pipes)
+    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 5:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    kept = saved(tmp_path)["step"]
+    assert output.splitlines()[-1] == f"{tmp_path} holds the run up to step {kept}"
+    assert "KeyboardInterrupt" not in errors
 
 
 def test_a_runs_folder_holds_what_readme_says(toy_run):
@@ -1349,8 +1472,14 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(toy_run, tmp_path, ca
     message = refused(capsys, *here, "--lr", "0.5", "--tau", "0.3")
     assert "holds a run with tau 0.2, lr 0.001: choose another --out" in message
     data = shutil.copytree(toy_run.data, tmp_path / "data")
-    next(data.glob("train/*/*.png")).unlink()
-    assert "images 100" in refused(capsys, *here, "--data", data)
+    image = next(data.glob("train/*/*.png"))
+    image.rename(image.with_name("other.png"))  # as many images, of other names
+    assert "holds a run with images 100 of" in refused(capsys, *here, "--data", data)
+    for one, other in (("cifar10", "cifar100"), ("toy", "stl10")):
+        settings = [sdssl.Config(data=data, out=str(tmp_path)) for data in (one, other)]
+        dataset = TrainingCrops(SAME, 24, 16, 0.2, 0)
+        runs = [sdssl.Run(config, dataset, None, None) for config in settings]
+        assert runs[0].learned != runs[1].learned
     assert contents(toy_run.folder) == before
 
 
@@ -1388,7 +1517,8 @@ def test_a_disk_that_is_full_is_one_line_and_the_old_checkpoint_stays(
 
 
 def test_the_log_says_how_many_images_a_second_were_seen(tmp_path, monkeypatch):
-    clock = SimpleNamespace(perf_counter=partial(next, itertools.count()))  # a second at each look
+    seconds = partial(next, itertools.count())  # one at each look
+    clock = SimpleNamespace(perf_counter=seconds, monotonic=lambda: 0)
     monkeypatch.setattr(sdssl, "time", clock)
     flags = ["--log-every", "2", "--max-steps", "4", "--out", str(tmp_path)]
     sdssl.main([*RUN, *flags])
@@ -1403,8 +1533,8 @@ def test_every_network_and_every_exit_can_be_loaded(flags, tmp_path):
     for p in model.parameters():  # norms, too, which start at 1
         p.data = torch.randn(p.shape, generator=generator) / 5
     dataset = TrainingCrops(open_dataset("toy"), 48, 32, 0.5, 0)
-    run = sdssl.Run(config, dataset, model, torch.optim.AdamW(model.parameters()))
-    run.start()
+    with sdssl.Run(config, dataset, model, torch.optim.AdamW(model.parameters())):
+        pass  # it has saved what begins
     path = tmp_path / "last.pt"
     x = torch.rand(2, 3, 32, 32)
     for name, network in model.networks.items():
