@@ -57,8 +57,9 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
-# before torch: its threads then sleep while they wait, and leave the cores to others
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# before torch: threads that wait then soon fall asleep, and leave the cores to other work
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ |= dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
 import torch
 import torch.distributed as dist
