@@ -12,11 +12,12 @@ every lower layer learn from that same target. The whole idea is one equation, E
     h_l     layer l's projection of a view, by a projector of its own
     q_l     predictor_l(h_l), layer l's prediction of the target
     z_L     the target: the last layer's projection by the teacher, a moving average of the network
-    L_ssl   the framework's loss: how well q of view 1 matches z of view 2, plus the other way round
+    L_ssl   the framework's loss, small if q of view 1 matches z of view 2, and the other way round
     sg      stops the gradient
 
-The first two terms train the backbone, its projectors and its predictors. The third begins behind
-the projectors, so that it trains predictors only. (Mean and sum are the paper's.)
+The first two terms train the backbone, its projectors and its predictors. The third starts from h_l
+without gradient, so that it trains predictors only, the last one included. (That one is a mean and
+the other a sum is the paper's choice.)
 
 SimCLR has no teacher and no predictors. There z_L is h_L and q_l is h_l, the third term is gone,
 and Eq. 4 remains:
@@ -57,7 +58,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache, partial
 from pathlib import Path
 
-# before torch: threads that wait then soon fall asleep, and leave the cores to other work
+# before torch is imported: its idle threads shall sleep, and leave the cores to other work
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ |= dict(OMP_WAIT_POLICY="PASSIVE", GOMP_SPINCOUNT="1000")
 
@@ -114,8 +115,8 @@ class Block(nn.Module):
         self.mlp.add_module("fc2", nn.Linear(4 * dim, dim))
 
     def forward(self, x, cls_only=False):
-        """cls_only: compute the first token alone, (B, 1, D), which still attends to all N. That is
-        enough of the last block, if nobody reads its patches, and saves 7% of a ViT of 12."""
+        """cls_only: compute the first token alone, (B, 1, D), which still attends to all N. If
+        nobody reads the last block's patches, this saves 7% of a ViT of 12 blocks."""
         qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (each.transpose(1, 2) for each in qkv.unbind(2))  # (B, heads, N, d) each
         if cls_only:
@@ -187,20 +188,20 @@ class VisionTransformer(nn.Module):
             else:
                 x = block(x, cls_only)
             pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)  # (B, D)
-            layers.append(self.norm(pooled))  # one norm for all layers
+            layers.append(self.norm(pooled))  # the final norm serves all layers
         return layers
 
 
 # ---- 2. Ranks: processes that train together, each on its share of the batch ----
 #
-# R ranks must get the gradients that one process would get from the whole batch. Its loss is the
-# mean of the ranks' losses J_s. BatchNorm and negatives are shared: what rank r has computed from
-# its images, x_r, is part of every rank's loss. So its gradient is
+# R ranks must compute the gradients that one process would compute on the whole batch. The loss of
+# the whole batch is the mean of the ranks' losses, J = (J_1 + ... + J_R) / R. BatchNorm and
+# negatives make each of them depend on every rank's activations x_r:
 #
 #     dJ/dx_r = (dJ_1/dx_r + ... + dJ_R/dx_r) / R
 #
-# `gather` hands x_r to all ranks, and its backward takes this SUM over them. The division by R is
-# done by DistributedDataParallel, around the model, which AVERAGES the parameters' gradients.
+# `gather` hands x_r to all ranks, and its backward takes the sum. DistributedDataParallel, around
+# the model, averages the parameters' gradients over ranks, and that supplies the 1 / R.
 
 
 def rank():
@@ -307,9 +308,8 @@ class Heads(nn.Module):
 # ---- 4. Losses: functions of tensors, which all ranks call together ----
 #
 # byol_loss, ctr and nt_xent take anchors q (..., 2, B, E) and keys z (2, B, E): two views of the
-# same B images. An anchor should match its own image's key in the other view. They return the mean
-# over images, summed over the two views, as in Algorithm 1: one value for each index of the axes in
-# front of q, such as layers.
+# same B images. An anchor should match its own image's key in the other view. Images are averaged,
+# and the two views added, as in Algorithm 1. Axes in front, such as layers, are kept.
 
 
 def gather_keys(z):
@@ -349,17 +349,16 @@ def ctr(q, z, tau=0.2):
 
 
 def nt_xent(q, z, tau=0.2):
-    """SimCLR's loss: as `ctr`, but negatives are all other images' keys in both views. In the
-    anchor's own view its own image is left out: in plain SimCLR, nt_xent(z, z), that key is the
-    anchor itself. We keep `ctr`'s factor 2 tau: a constant on the whole loss, which AdamW undoes
-    (beside another loss, such as Distill-on-the-Go's, it matters)."""
+    """SimCLR's loss: as `ctr`, but negatives come from both views. In the anchor's own view its own
+    image's key is left out: in the last layer's loss, nt_xent(z, z), it is the anchor itself, and
+    lower layers do the same."""
     keys = gather_keys(z)  # (2, ranks * B, E)
     other_view = similarity(q, keys.flip(0), tau)  # (..., 2, B, ranks * B)
     own_view = similarity(q, keys, tau)
     same_image(own_view).fill_(-torch.inf)  # leaves it out: exp(-inf) is 0
     total = torch.logaddexp(other_view.logsumexp(-1), own_view.logsumexp(-1))
     cross_entropy = total - same_image(other_view)  # (..., 2, B)
-    return 2 * tau * cross_entropy.mean(-1).sum(-1)
+    return 2 * tau * cross_entropy.mean(-1).sum(-1)  # 2 tau as in `ctr`; SimCLR itself has 1
 
 
 # ---- 5. The objective: Algorithm 1, for all three frameworks ----
@@ -381,7 +380,8 @@ class SDSSL(nn.Module):
     out_dim: E
     tau: temperature of the contrastive losses
     beta: weight of Eq. 5
-    every: distill only every n-th layer, counted from the last one (Table 6)
+    every: distill only every n-th layer, counted from the last one (Table 6), and take Eq. 3's
+        mean over those
     mid_layers: number of linear layers in the lower projectors; the paper has 3, or 2 (Table 6)
 
     Raises ValueError for what cannot be built."""
@@ -431,7 +431,7 @@ class SDSSL(nn.Module):
 
     def predict(self, h):
         """h (C, 2, B, E) -> q (C, 2, B, E), by a predictor for each layer; with SimCLR q is h."""
-        if self.framework == "simclr":
+        if not self.has_teacher:
             return h
         if not self.distill:
             return self.predictor(h)
@@ -473,7 +473,7 @@ class SDSSL(nn.Module):
             # sg(z): in SimCLR z is h[-1], which must not follow the lower layers
             loss_isd = self.L_ssl(q[:-1], z.detach()).mean()  # Eq. 3
         if self.distill and self.has_teacher:
-            # sg(h): the predictors compute q again, in a graph of which they are the beginning
+            # sg(h): run the predictors again, so that the gradient ends with them
             loss_pred = self.L_ssl(self.predict(h.detach()), z.detach()).sum()  # Eq. 5
         loss = loss_ssl + alpha * loss_isd + self.beta * loss_pred  # Eq. 6; for SimCLR, Eq. 4
 
@@ -525,8 +525,8 @@ def learning_rate(step, total, warmup_steps, peak):
 
 def schedules(step, total, warmup_steps, peak, alpha, anneal, m0):
     """Learning rate, alpha and the teacher's momentum at `step`, which counts from 0 to total - 1.
-    peak: of the learning rate. alpha: its value at the end, and with anneal=False all the time. m0:
-    momentum at the start."""
+    The learning rate rises to `peak`; alpha rises from 0 to `alpha`, or is `alpha` all the time
+    without `anneal`; momentum rises from `m0` to 1."""
     lr = learning_rate(step, total, warmup_steps, peak)
     # section 4.5: the last layer is worth following only once it has learned something itself
     alpha = cosine(0, alpha, step / total) if anneal else alpha
@@ -568,8 +568,9 @@ def train_step(model, optimizer, x1, x2, lr, alpha, momentum, bf16):
 
 # ---- 7. Views: every random number follows from seed, step and an image's place in the batch ----
 #
-# torchvision's transforms change one image at a time. Here only crops are cut on the CPU (part 8);
-# everything else changes the whole batch at once, on the device, each image by its own numbers.
+# torchvision's transforms change one image at a time: 29 ms of a core for two views of a decoded
+# photo (500 x 375 to 224 pixels). Here the CPU cuts and resizes, which takes 0.7 ms (part 8), and
+# the device changes the whole batch at once, each image by numbers of its own.
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)  # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -594,7 +595,7 @@ def normalize_pixels(x):
 
 def shift_hue(x, shift):
     """torchvision's adjust_hue on x (B, 3, H, W) in [0, 1], but with a shift (B, 1, 1, 1) for each
-    image, in parts of the circle: in HSV, add it to the hue. The tests hold it against torchvision.
+    image, a fraction of the circle: in HSV, add it to the hue. Tests hold it against torchvision.
     The conversions are the ones that en.wikipedia.org/wiki/HSL_and_HSV derives."""
     r, g, b = x.unbind(1)
     value = x.amax(1)
@@ -610,8 +611,8 @@ def shift_hue(x, shift):
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order):
-    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with factors (B, 1, 1, 1), hue in
-    parts of the circle. order: a permutation of 0 to 3, the four changes, for the whole batch."""
+    """torchvision's ColorJitter on x (B, 3, H, W) in [0, 1], with factors (B, 1, 1, 1), hue as a
+    fraction of the circle. order: of the four changes, a permutation of 0 to 3 for all images."""
 
     def blend(x, base, factor):
         return (factor * x + (1 - factor) * base).clamp(0, 1)
@@ -691,7 +692,7 @@ def two_views(crops, seed, step):
 
 def random_box(tries, height, width, min_area):
     """A random crop's top, left, height and width, as torchvision's RandomResizedCrop draws it: the
-    area is uniform from `min_area` to 1 (parts of the image's area), the logarithm of the aspect
+    area is uniform from `min_area` to 1 (fractions of the image's), the logarithm of the aspect
     uniform from log 3/4 to log 4/3. tries: four numbers in [0, 1) for each attempt. The first box
     that fits into the image is taken; if none does, the last one is cut to fit (torchvision takes
     the center)."""
@@ -837,8 +838,8 @@ def to_rgb(image):
 
 
 def read_image(source, i, scale):
-    """Image i of a dataset in RGB, and its class. scale(width, height): as much of its size as is
-    needed; if that is half or less, a JPEG is decoded at 1/2, 1/4 or 1/8, which takes far less
+    """Image i of a dataset in RGB, and its class. scale(width, height): the fraction of its size
+    that is needed; if a half, a quarter or an eighth will do, a JPEG is decoded at that, in less
     time. Raises UserError, with its name, if it is unreadable."""
     name = f"image {i}"
     try:
@@ -860,8 +861,9 @@ def shuffled(n, *key):
 @dataclass
 class TrainingCrops:
     """The training set, indexed by the step and not by the image: dataset[step] is this rank's
-    share of the step's whole batch, already cropped. Since it follows from the step alone, a run
-    can go on at any step, workers may read in any order, and ranks need not agree who reads what.
+    share of the step's whole batch, already cropped. It follows from the step alone, so that a run
+    can go on at any step, and workers may read in any order. Images that fill no batch are left out
+    of an epoch, others in each.
 
     Returns uint8 crops (crops, B, 3, size, size) and the images' classes (B,). An unreadable image
     is named in a warning, and another one takes its place. Raises UserError if there are fewer
@@ -871,7 +873,7 @@ class TrainingCrops:
     source: object  # a dataset of (PIL image, class)
     batch_size: int  # over all ranks
     size: int  # pixels
-    min_crop: float  # smallest crop, part of the image's area
+    min_crop: float  # smallest crop, a fraction of the image's area
     seed: int
     crops: int = 2  # of each image; eval_linear.py takes one
 
@@ -891,7 +893,7 @@ class TrainingCrops:
         order = shuffled(len(self.source), "order", self.seed, epoch)
         whole_batch = order[batch * self.batch_size :][: self.batch_size]
         generator = seeded("crops", self.seed, step)
-        # 10 tries for each crop of each image of the whole batch, see random_box
+        # of the whole batch: for each image, crop and try the four numbers of random_box
         tries = torch.rand(self.batch_size, self.crops, 10, 4, generator=generator)
         crops = []
         labels = []
@@ -955,16 +957,15 @@ class CenterCrops:
         return self.size * 8 / 7 / min(width, height)
 
 
-def labeled_parts(data, size, opened=None):
+def labeled_parts(data, size, pretrain=None):
     """Training and validation part of `data` as CenterCrops, for k-NN and probes; [] without two
-    classes to tell apart. Says what it has found. opened: the images of pretraining, if they are
-    open already; a folder's are those of its training part. Raises UserError if the parts have
-    different classes."""
+    classes to tell apart. Says what it has found. pretrain: that part, if it is open already: in a
+    folder it is the training part. Raises UserError if the parts have different classes."""
     no_classes = f"{data}: no classes, which are folders in train/ and in val/: no k-NN tables"
     if not has_parts(data):
         say(no_classes)
         return []
-    train = opened if isinstance(opened, ImageFiles) else open_dataset(data, "train")
+    train = pretrain if isinstance(pretrain, ImageFiles) else open_dataset(data, "train")
     val = open_dataset(data, "val")
     names = [set(getattr(part, "classes", ())) for part in (train, val)]  # glyphs have none
     if names[0] != names[1]:
@@ -1113,7 +1114,7 @@ PRESETS = {
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKERS = min(8, os.cpu_count())
-SAVE_SECONDS = 60  # at least so many between two checkpoints, of epochs that are short
+SAVE_SECONDS = 60  # short epochs do not write a checkpoint more often
 # a run may go on with other values of these; all others decide what is learned
 MAY_CHANGE = ("data", "preset", "out", "max_steps", "knn_every", "log_every", "workers", "device",
               "bf16", "compile", "recompute")  # fmt: skip
@@ -1136,7 +1137,7 @@ class Config:
     # images
     data: str = setting("toy", f"toy, a folder of images, or one of {', '.join(SETS)}")
     img_size: int = setting(224, "pixels")
-    min_crop: float = setting(0.08, "smallest crop, part of the image's area")
+    min_crop: float = setting(0.08, "smallest crop, a fraction of the image's area")
 
     # method
     framework: str = setting("simclr", "SSL framework that is self-distilled", FRAMEWORKS)
@@ -1161,7 +1162,7 @@ class Config:
 
     # optimization
     epochs: int = setting(300, "passes over the training images")
-    warmup: float = setting(40 / 300, "part of the run in which the learning rate rises")
+    warmup: float = setting(40 / 300, "fraction of the run in which the learning rate rises")
     batch_size: int = setting(1024, "images in a step, over all ranks")
     lr: float = setting(1.5e-4, "peak, per 256 images of batch_size; SimCLR on ImageNet 1.3e-4")
     weight_decay: float = setting(0.1, "AdamW's, on matrices; none on biases, norms and [CLS]")
@@ -1279,7 +1280,7 @@ def load_backbone(path, which="teacher", **changes):
     """A trained backbone in eval mode, from the checkpoint alone. which: "teacher" (SimCLR's only
     network, too), "student" or "peer". Changes of a ViT's architecture: depth=n for the first n
     blocks and the final norm, whose outputs are layers 1 to n; pool="patches" or "cls", see
-    VisionTransformer. Raises UserError for what is not there."""
+    VisionTransformer. Raises UserError if there is no such network."""
     networks = load_checkpoint(path)["networks"]
     if which not in networks:
         raise UserError(f"{path} holds no {which}, but {', '.join(networks)}")
@@ -1378,19 +1379,21 @@ class Run:
         self.save(step)
 
     def show_table(self, record):
-        """Print a record that is a k-NN table, as a row. The first row has the layers above it."""
-        if "knn" not in record:
+        """Print a record that is a k-NN table, as a row. The numbers of the layers stand above the
+        first one."""
+        tables = [each for each in self.records if "knn" in each]
+        if record not in tables:
             return
+        if record is tables[0]:
+            say(table_row("k-NN (%), layer", range(1, 1 + len(record["knn"])), digits=0))
         name = f"epoch {record['epoch']:.3g}" if record["step"] else "untrained"
         if record["network"] == "peer":
             name = f"peer, {name}"
-        elif record["step"] == 0:
-            say(table_row("k-NN (%), layer", range(1, 1 + len(record["knn"])), digits=0))
         say(table_row(name, record["knn"]))
 
     def save(self, step, always=True):
         """Write the checkpoint: what it takes to resume; and for other uses, networks by name. The
-        old one is there until the new one is. always=False: not if there is one of just now."""
+        old one is there until the new one is. always=False: not within SAVE_SECONDS of it."""
         if rank() > 0 or (not always and time.monotonic() - self.saved_at < SAVE_SECONDS):
             return
         networks = {}
@@ -1434,7 +1437,7 @@ def set_up(device):
 
 
 def knn_tables(model, parts, device, config):
-    """k-NN accuracy of every layer of every network: {name: percentages}."""
+    """k-NN accuracy of every layer of each network that one would use: {name: percentages}."""
     tables = {}
     for name, backbone in model.networks.items():
         if name == "student":
@@ -1454,6 +1457,8 @@ def prepare(model, config):
             module.compile()
     if world_size() == 1:
         return model
+    if config.compile:
+        torch._dynamo.config.optimize_ddp = False  # torch 2.6 cannot recompute what DDP has cut
     if config.device == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # a ResNet's, in place
     # On CPUs a ResNet's BatchNorm is not synchronized: each rank normalizes its own images, and the
@@ -1462,8 +1467,8 @@ def prepare(model, config):
 
 
 def mean_over_ranks(terms, step):
-    """SDSSL's dict -> {name: float} of its scalars; on a GPU also the most memory used so far, GB.
-    This waits for the device. Raises UserError if a scalar is not finite."""
+    """SDSSL's dict -> {name: float} of its scalars; on a GPU also the most memory that this rank
+    has used, in GB. This waits for the device. Raises UserError if a scalar is not finite."""
     scalars = {name: term.detach() for name, term in terms.items() if term.ndim == 0}
     values = gather(torch.stack(list(scalars.values()))).mean(0)
     found = dict(zip(scalars, values.tolist()))
@@ -1500,6 +1505,7 @@ def train(config):
     clock = time.perf_counter()
     with run, tqdm(**progress, disable=rank() > 0) as bar:
         while True:
+            # before the first step, after epochs, at the end; or now, if it was stopped before
             table_due = parts and (step >= last or step % table_every == 0)
             if table_due and not run.has_tables(step):
                 run.add_tables(step, knn_tables(model, parts, device, config))
