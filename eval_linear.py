@@ -108,7 +108,7 @@ def fit(batches, steps, groups, loss, warmup=0.0, clip=None):
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     total = len(steps)
     bar = tqdm(batches, total=total, disable=sdssl.rank() > 0)
-    for step, (layers, labels) in zip(steps, bar):
+    for step, (layers, labels) in enumerate(bar):
         for group in optimizer.param_groups:
             group["lr"] = sdssl.learning_rate(step, total, warmup * total, group["peak"])
         optimizer.zero_grad()

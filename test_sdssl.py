@@ -1718,7 +1718,8 @@ def test_photos_without_classes_get_a_picture_of_neighbors(toy_run, evaluated, t
 def test_cached_probes_are_mocov3s_protocol_written_out(toy_run, evaluated, capsys):
     flags = "--cached --batch-size 30 --epochs 4 --lrs 3 0.1".split()
     eval_linear.main([str(toy_run.folder / "last.pt"), *ON_CPU, *flags])  # twelve steps
-    output = capsys.readouterr().out
+    output, errors = capsys.readouterr()
+    assert "12/12" in errors  # the bar's end
 
     held_out, learned = sdssl.shuffled(100, "held out").split([10, 90])
     features, y, _ = evaluated.train
@@ -1909,10 +1910,19 @@ def test_an_error_in_a_data_worker_is_one_line_and_a_bug_of_ours_a_traceback(
 def test_the_snippets_of_readme_run(toy_run, tmp_path, monkeypatch):
     shutil.copytree(toy_run.folder, tmp_path / "runs/toy-sd-simclr-seed0")
     monkeypatch.chdir(tmp_path)
+    theirs = VisionTransformer(num_heads=6).state_dict()
+    torch.save(theirs, "dino_deitsmall16_pretrain.pth")
     snippets = re.findall("(?s)```python\n(.*?)```", README)
-    assert snippets
+    assert len(snippets) == 2
     for snippet in snippets:
         exec(snippet, {})
+    assert torch.load("exit3.pth").keys() == tiny_vit(3).state_dict().keys()
+    assert_close(sdssl.load_backbone("dino.pt").state_dict(), theirs)
+    torch.save(
+        theirs | {"blocks.0.ls1.gamma": theirs["norm.bias"]}, "dino_deitsmall16_pretrain.pth"
+    )
+    with pytest.raises(RuntimeError, match="ls1.gamma"):
+        exec(snippets[1], {})
 
 
 def test_readme_says_on_which_line_each_piece_is():
