@@ -913,11 +913,10 @@ class TrainingCrops:
             try:
                 return read_image(self.source, i, self.scale)
             except UserError as error:
-                complaint = str(error)
-            warnings.warn(f"{complaint}: another image takes its place")
+                warnings.warn(f"{error}: another image takes its place")
             generator = seeded("another", self.seed, step, i, attempt)
             i = int(torch.randint(len(self.source), (), generator=generator))
-        raise UserError(f"100 images in a row are unreadable, the last one: {complaint}")
+        raise UserError("100 images in a row are unreadable, see the warnings")
 
     def scale(self, width, height):
         """See read_image: the shorter side of the smallest crop needs `size` pixels."""
@@ -961,23 +960,23 @@ def labeled_parts(data, size, pretrain=None):
     """Training and validation part of `data` as CenterCrops, for k-NN and probes; [] without two
     classes to tell apart. Says what it has found. pretrain: that part, if it is open already: in a
     folder it is the training part. Raises UserError if the parts have different classes."""
-    no_classes = f"{data}: no classes, which are folders in train/ and in val/: no k-NN tables"
-    if not has_parts(data):
-        say(no_classes)
-        return []
-    train = pretrain if isinstance(pretrain, ImageFiles) else open_dataset(data, "train")
-    val = open_dataset(data, "val")
-    names = [set(getattr(part, "classes", ())) for part in (train, val)]  # glyphs have none
-    if names[0] != names[1]:
-        unlike = ", ".join(map(ascii, sorted(names[0] ^ names[1])))  # ascii: some look the same
-        what = f"--data {data}: train and val have different classes"
-        raise UserError(f"{what}, only in one of them: {unlike}")
-    if isinstance(train, ImageFiles) and len(names[0]) < 2:
-        say(no_classes)
-        return []
-    classes = f"{len(names[0])} classes, " if names[0] else ""
-    say(f"{data}: {classes}{len(train)} images to train, {len(val)} to validate")
-    return [CenterCrops(train, size), CenterCrops(val, size)]
+    parts = []
+    if has_parts(data):
+        train = pretrain if isinstance(pretrain, ImageFiles) else open_dataset(data, "train")
+        val = open_dataset(data, "val")
+        names, val_names = [set(getattr(part, "classes", ())) for part in (train, val)]
+        if names != val_names:
+            unlike = ", ".join(map(ascii, sorted(names ^ val_names)))  # ascii: some look the same
+            what = f"--data {data}: train and val have different classes"
+            raise UserError(f"{what}, only in one of them: {unlike}")
+        if len(names) != 1:
+            parts = [CenterCrops(train, size), CenterCrops(val, size)]
+    if parts:
+        classes = f"{len(names) or 'unnamed'} classes"  # glyphs have no names for theirs
+        say(f"{data}: {classes}, {len(train)} images to train, {len(val)} to validate")
+    else:
+        say(f"{data}: no classes, which are folders in train/ and in val/: no k-NN tables")
+    return parts
 
 
 def read_ahead(dataset, device, workers, sampler, batch_size=None):
@@ -1115,7 +1114,7 @@ PRESETS = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WORKERS = min(8, os.cpu_count())
 SAVE_SECONDS = 60  # short epochs do not write a checkpoint more often
-# a run may go on with other values of these; all others decide what is learned
+# a run may go on with other values of these, with `data` if its images are the same
 MAY_CHANGE = ("data", "preset", "out", "max_steps", "knn_every", "log_every", "workers", "device",
               "bf16", "compile", "recompute")  # fmt: skip
 MAY_BE_ZERO = ("alpha", "beta", "mutual", "m0", "depth", "warmup", "lr", "weight_decay", "seed",
@@ -1204,13 +1203,11 @@ def parse_config(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False,
     )  # fmt: skip
     for each in fields(Config):
-        flag = "--" + each.name.replace("_", "-")
-        options = dict(default=each.default, help=each.metadata["help"])
+        options = dict(type=each.type, choices=each.metadata["choices"])
         if each.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        else:
-            choices = each.metadata["choices"]
-            parser.add_argument(flag, type=each.type, choices=choices, **options)
+            options = dict(action=argparse.BooleanOptionalAction)  # --name and --no-name
+        flag = "--" + each.name.replace("_", "-")
+        parser.add_argument(flag, default=each.default, help=each.metadata["help"], **options)
     given, _ = parser.parse_known_args(argv)  # for the defaults
     preset = given.preset or (given.data if given.data in PRESETS else "imagenet")
     if preset == "imagenet" and given.framework == "simclr":
@@ -1295,8 +1292,8 @@ def load_backbone(path, which="teacher", **changes):
 
 class Run:
     """The folder of a run: config.json (settings), views.png (what the network sees), log.jsonl (a
-    record a line) and last.pt (the checkpoint). Rank 0 writes. `learned` tells this run from
-    others: the settings that decide what is learned, and the images."""
+    record a line) and last.pt (the checkpoint). Rank 0 writes. Settings and images tell this run
+    from others."""
 
     def __init__(self, config, dataset, model, optimizer):
         framework = f"sd-{config.framework}" if config.distill else config.framework
@@ -1306,35 +1303,34 @@ class Run:
         self.model = model
         self.optimizer = optimizer
         self.folder = Path(config.out or f"runs/{name}")
-        settings = asdict(config).items()
-        self.learned = {name: value for name, value in settings if name not in MAY_CHANGE}
         images = config.data
         if isinstance(dataset.source, ImageFiles):  # a folder may move
             images = zlib.crc32(repr(dataset.source.names).encode())
-        self.learned["images"] = f"{len(dataset.source)} of {images}"
-        self.saved_step = 0
-        self.saved_at = 0.0  # seconds
+        self.images = f"{len(dataset.source)} of {images}"
         self.records = []  # of the log
         self.file = None  # log.jsonl, on rank 0
+        self.saved_step = 0
+        self.saved_at = 0.0  # seconds
 
     def resume(self):
         """Load the checkpoint, if there is one; returns the number of steps that are done. Raises
         UserError if it is another run's, or if ranks find different ones."""
-        step = 0
         if (self.folder / "last.pt").exists():
             checkpoint = load_checkpoint(self.folder / "last.pt")
-            there = checkpoint["learned"]
-            unlike = [name for name in self.learned if there.get(name) != self.learned[name]]
+            there = dict(checkpoint["config"], images=checkpoint["images"])
+            here = dict(asdict(self.config), images=self.images)
+            differ = [name for name in here if here[name] != there.get(name)]
+            unlike = [f"{name} {there.get(name)}" for name in differ if name not in MAY_CHANGE]
             if unlike:
-                what = ", ".join(f"{name} {there.get(name)}" for name in unlike)
+                what = ", ".join(unlike)
                 raise UserError(f"{self.folder} holds a run with {what}: choose another --out")
             self.model.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.records = checkpoint["log"]
-            self.saved_step = step = checkpoint["step"]
-        if len(gather(torch.tensor(step)).unique()) > 1:
+            self.saved_step = checkpoint["step"]
+        if len(gather(torch.tensor(self.saved_step)).unique()) > 1:
             raise UserError(f"{self.folder} must be the same for all nodes: ranks differ")
-        return step
+        return self.saved_step
 
     def __enter__(self):
         """Write settings and log, which ends where the checkpoint was written. A run that begins
@@ -1345,8 +1341,7 @@ class Run:
         (self.folder / "config.json").write_text(json.dumps(asdict(self.config), indent=1))
         self.file = open(self.folder / "log.jsonl", "w", buffering=1)  # written line by line
         for record in self.records:
-            self.file.write(json.dumps(record) + "\n")
-            self.show_table(record)
+            self.write(record)
         if not (self.folder / "last.pt").exists():
             crops = self.dataset[0][0][:, :12]
             views = torch.cat(two_views(crops, "picture", 0))  # a row of first, a row of second
@@ -1364,32 +1359,30 @@ class Run:
         """Add a record to the log."""
         record = dict(step=step, epoch=step / self.dataset.steps_per_epoch, **record)
         self.records.append(record)
+        self.write(record)
+
+    def write(self, record):
+        """Write a record into log.jsonl, and print it if it is a k-NN table: a row, below the
+        layers' numbers."""
         if self.file:
             self.file.write(json.dumps(record) + "\n")
+        if "knn" in record:
+            name = f"epoch {record['epoch']:.3g}" if record["step"] else "untrained"
+            if record["network"] == "peer":
+                name = f"peer, {name}"
+            elif record["step"] == 0:
+                say(table_row("k-NN (%), layer", range(1, 1 + len(record["knn"])), digits=0))
+            say(table_row(name, record["knn"]))
 
     def has_tables(self, step):
         """Whether the log has the k-NN tables of this step."""
         return any("knn" in record and record["step"] == step for record in self.records)
 
     def add_tables(self, step, tables):
-        """Log, print and save k-NN tables, {network: a percentage for each layer}."""
+        """Log and save k-NN tables, {network: a percentage for each layer}."""
         for network, percentages in tables.items():
             self.log(step, network=network, knn=percentages)
-            self.show_table(self.records[-1])
         self.save(step)
-
-    def show_table(self, record):
-        """Print a record that is a k-NN table, as a row. The numbers of the layers stand above the
-        first one."""
-        tables = [each for each in self.records if "knn" in each]
-        if record not in tables:
-            return
-        if record is tables[0]:
-            say(table_row("k-NN (%), layer", range(1, 1 + len(record["knn"])), digits=0))
-        name = f"epoch {record['epoch']:.3g}" if record["step"] else "untrained"
-        if record["network"] == "peer":
-            name = f"peer, {name}"
-        say(table_row(name, record["knn"]))
 
     def save(self, step, always=True):
         """Write the checkpoint: what it takes to resume; and for other uses, networks by name. The
@@ -1402,7 +1395,7 @@ class Run:
         checkpoint = dict(
             networks=networks,
             config=asdict(self.config),
-            learned=self.learned,
+            images=self.images,
             step=step,
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
