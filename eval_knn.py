@@ -145,14 +145,12 @@ def analyses(view1, view2, device):
     for x, y in zip(view1[0], view2[0]):
         x = gather_images(x.to(device), m)
         y = gather_images(y.to(device), m)
-        near = alignment(x, y).item()
-        far = negative_alignment(x).item()
-        spread = -uniformity(x).item()
-        found["align"].append(near)
-        found["-unif"].append(spread)
-        found["-unif / align"].append(spread / near)
-        found["neg. align"].append(far)
-        found["R"].append(far / near)
+        near = alignment(x, y)
+        far = negative_alignment(x)
+        evenness = -uniformity(x)
+        row = (near, evenness, evenness / near, far, far / near)
+        for name, value in zip(found, row):
+            found[name].append(value.item())
     return found
 
 
@@ -161,6 +159,7 @@ def draw_cka(cka, path):
     left; numbers of layers stand on the margins."""
     cell = 32
     layers = len(cka)
+    grays = (255 * torch.tensor(cka)).nan_to_num().round().int().tolist()  # no number is black
     side = cell * (layers + 1)
     picture = Image.new("L", (side, side), 255)
     pen = ImageDraw.Draw(picture)
@@ -170,8 +169,8 @@ def draw_cka(cka, path):
         pen.text((cell * (row + 1) + cell // 2, side - cell // 2), str(row + 1), 0, anchor="mm")
         for column in range(layers):
             left = cell * (column + 1)
-            gray = round(255 * cka[row][column])
-            pen.rectangle((left, top, left + cell - 1, top + cell - 1), fill=gray)
+            box = (left, top, left + cell - 1, top + cell - 1)
+            pen.rectangle(box, fill=grays[row][column])
     picture.save(path)
 
 

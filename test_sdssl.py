@@ -1873,6 +1873,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
     assert word in refused(capsys, *f"--preset toy --device cpu {flags}".split())
     assert os.listdir(tmp_path) == ["empty"]
 
