@@ -57,8 +57,7 @@ def negative_alignment(x, gamma=2):
 
 
 def linear_cka(x, y):
-    """Linear centered kernel alignment of x (M, D) and y (M, D2) (Kornblith et al. 2019, Eqs. 1 to
-    3)."""
+    """Linear centered kernel alignment of x (M, D) and y (M, D2) (Kornblith et al. 2019)."""
     x = x.double() - x.double().mean(0)
     y = y.double() - y.double().mean(0)
     return (x.T @ y).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm())

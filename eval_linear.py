@@ -3,13 +3,14 @@
 fine-tuning (Table 4).
 
     python eval_linear.py runs/toy-sd-simclr-seed0/last.pt --cached         # seconds: center crops
-    torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT --which student   # MoCo v3's protocol
+    torchrun --nproc_per_node=8 eval_linear.py CHECKPOINT --which student   # as MoCo v3 does
     python eval_linear.py CHECKPOINT --data flowers102 --batch-size 256     # other data
     python eval_linear.py CHECKPOINT --data flowers102 --finetune
 
 Probes are trained as MoCo v3 does it: SGD with momentum 0.9, no weight decay, 90 epochs, half a
-cosine, batch 1024, learning rate 3 per 256 images; crops as small as in pretraining, and flips.
-What differs: MoCo v3 probes the student, here it is the teacher, unless --which says else. Features
+cosine, batch 1024, learning rate 3 per 256 images; random crops and flips. What differs: MoCo v3
+probes the student, here it is the teacher, unless --which says else. Crops are as small as in
+pretraining, which is MoCo v3's 0.08 of the area with the paper's settings only. Features
 are standardized, so that SGD does not depend on a layer's spread; the classifier stays linear.
 Probes with smaller rates (--lrs) train side by side: each layer reports the rate that is best on a
 tenth of the training images, from which no probe learns. A probe starts as PyTorch's nn.Linear,
@@ -19,8 +20,9 @@ runs in bfloat16 where the GPU has it. --cached takes the same center crops in a
 Fine-tuning is ViT's recipe, which the paper cites as [16]: everything learns, with a classifier on
 the last layer that starts from zero, by SGD with momentum 0.9, no weight decay, gradients clipped
 at norm 1, batch 512, and half a cosine after a warm-up of a twentieth of the steps (theirs: 500 of
-10,000 or 20,000) to a rate from 0.001 to 0.03, whatever the batch. What differs: features are
-standardized at the start, images keep their size (ViT takes 384 pixels), and ours are epochs.
+10,000 or 20,000). The rate is 0.03, with --lrs another: they try 0.001 to 0.03. What differs:
+features are standardized at the start, images keep their size (ViT takes 384 pixels), crops are as
+in pretraining (theirs are of 0.05 of the area or more), and we count epochs.
 """
 
 import copy

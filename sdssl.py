@@ -358,7 +358,7 @@ def nt_xent(q, z, tau=0.2):
     same_image(own_view).fill_(-torch.inf)  # leaves it out: exp(-inf) is 0
     total = torch.logaddexp(other_view.logsumexp(-1), own_view.logsumexp(-1))
     cross_entropy = total - same_image(other_view)  # (..., 2, B)
-    return 2 * tau * cross_entropy.mean(-1).sum(-1)  # 2 tau as in `ctr`; SimCLR itself has 1
+    return 2 * tau * cross_entropy.mean(-1).sum(-1)  # a constant 2 tau, as in `ctr`
 
 
 # ---- 5. The objective: Algorithm 1, for all three frameworks ----
@@ -371,8 +371,8 @@ class SDSSL(nn.Module):
 
     Why should lower layers follow the last one? A layer that already tells images apart leaves an
     easier task to the layers above it (section 1). Why do predictors get a term of their own?
-    BYOL and MoCo v3 need predictors that are nearly optimal for the present backbone, and Eq. 3
-    alone teaches those of lower layers too little (section 3.2).
+    Training needs predictors that are nearly optimal for the present backbone, and Eq. 3 alone
+    teaches those of lower layers too little (section 3.2).
 
     backbone: a module with `depth` (L) and `embed_dim` (D), whose forward takes images
         (B, 3, H, W) and returns a list of L representations (B, D)
@@ -1590,8 +1590,8 @@ class ResNet(nn.Module):
 
 
 def mutual_kl(h, peer_h, tau=0.1):
-    """Distill-on-the-Go's loss: KL(peer's rows || own rows), mean over images; no gradient goes to
-    the peer. A row is the softmax over tau of the cosine similarities of an image's view 1 with
+    """Distill-on-the-Go's loss: KL(peer's rows || own rows), mean over images (their code: over all
+    elements); no gradient goes to the peer. A row is the softmax over tau of the cosine similarities of an image's view 1 with
     view 2 of all images, on all ranks. h: own projections (2, B, E); peer_h: the peer's (2, B,
     E')."""
 
