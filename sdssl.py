@@ -1591,9 +1591,9 @@ class ResNet(nn.Module):
 
 def mutual_kl(h, peer_h, tau=0.1):
     """Distill-on-the-Go's loss: KL(peer's rows || own rows), mean over images (their code: over all
-    elements); no gradient goes to the peer. A row is the softmax over tau of the cosine similarities of an image's view 1 with
-    view 2 of all images, on all ranks. h: own projections (2, B, E); peer_h: the peer's (2, B,
-    E')."""
+    elements); no gradient goes to the peer. A row is the softmax over tau of the cosine
+    similarities of an image's view 1 with view 2 of all images, on all ranks. h: own projections
+    (2, B, E); peer_h: the peer's (2, B, E')."""
 
     def rows(projections):
         return similarity(projections[0], gather_keys(projections)[1], tau).log_softmax(-1)
