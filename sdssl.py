@@ -972,10 +972,10 @@ def labeled_parts(data, size, pretrain=None):
         if len(names) != 1:
             parts = [CenterCrops(train, size), CenterCrops(val, size)]
     if parts:
-        classes = f"{len(names) or 'unnamed'} classes"  # glyphs have no names for theirs
-        say(f"{data}: {classes}, {len(train)} images to train, {len(val)} to validate")
+        classes = f", {len(names)} classes" if names else ""  # glyphs have no names for theirs
+        say(f"{data}: {len(train)} images to train, {len(val)} to validate{classes}")
     else:
-        say(f"{data}: no classes, which are folders in train/ and in val/: no k-NN tables")
+        say(f"{data}: no k-NN tables, which need train/ and val/ with a folder for each class")
     return parts
 
 
