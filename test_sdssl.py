@@ -1410,20 +1410,22 @@ def test_short_epochs_do_not_write_a_checkpoint_each(toy_run, tmp_path, monkeypa
     assert steps == [0, 12, 0, 2, 4, 6, 8, 10, 12]
 
 
-def test_ctrl_c_says_up_to_which_step_the_folder_holds_the_run(toy_run, tmp_path):
-    command = [sys.executable, HERE / "sdssl.py", *toy_run.flags, "--max-steps", "16"]
-    command += ["--out", tmp_path, "--workers", "1"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(command, **pipes)
-    while not (tmp_path / "log.jsonl").exists() or len(log_of(tmp_path)) < 5:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    kept = saved(tmp_path)["step"]
-    assert output.splitlines()[-1] == f"{tmp_path} holds the run up to step {kept}"
-    assert "KeyboardInterrupt" not in errors
+def test_ctrl_c_says_up_to_which_step_the_folder_holds_the_run(
+    toy_run, tmp_path, capsys, monkeypatch
+):
+    train_step = sdssl.train_step
+    steps = itertools.count()
+
+    def stopped(*args):
+        if next(steps) == 7:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    monkeypatch.setattr(sdssl, "train_step", stopped)
+    with pytest.raises(SystemExit, match="130"):
+        sdssl.main([*toy_run.flags, "--out", str(tmp_path)])
+    assert saved(tmp_path)["step"] == 6
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path} holds the run up to step 6"
 
 
 def test_a_runs_folder_holds_what_readme_says(toy_run):
