@@ -770,6 +770,8 @@ class ImageFiles:
         class_names = []  # of each image
         for folder, below, names in os.walk(root, followlinks=True):
             below[:] = sorted(name for name in below if not name.startswith("."))  # walked next
+            if "log.jsonl" in names:
+                continue  # a run's folder, whose pictures are no data
             way = Path(folder).relative_to(root).parts
             for name in sorted(names):
                 if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):

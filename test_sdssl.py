@@ -1299,6 +1299,9 @@ def test_a_folder_has_train_and_val_or_is_images_at_any_depth(folder, tmp_path, 
     for hidden in ("train/cats/._0.png", "train/.ipynb_checkpoints/0.png", ".trash/0.png"):
         (root / hidden).parent.mkdir(exist_ok=True)
         shutil.copy(root / "train/cats/0.png", root / hidden)
+    (root / "train/runs/one").mkdir(parents=True)  # of a run: its pictures are no data
+    shutil.copy(root / "train/cats/0.png", root / "train/runs/one/views.png")
+    (root / "train/runs/one/log.jsonl").touch()
     (root / "train/fish").mkdir()  # empty: no class
     (root / "train/cats").rename(tmp_path / "elsewhere")
     (root / "train/cats").symlink_to(tmp_path / "elsewhere")
@@ -1899,10 +1902,12 @@ def test_an_error_in_a_data_worker_is_one_line_and_a_bug_of_ours_a_traceback(
     tmp_path, capsys, monkeypatch
 ):
     for i in range(48):
-        (tmp_path / f"{i}.png").write_text("hello")
-    flags = [*RUN, "--preset", "toy", "--data", tmp_path, "--out", tmp_path / "run"]
-    with pytest.warns():
-        message = refused(capsys, *flags, "--workers", "1")
+        PHOTO.resize((32, 32)).save(tmp_path / f"{i}.png")
+    flags = [*RUN, "--preset", "toy", "--data", str(tmp_path), "--out", str(tmp_path / "run")]
+    sdssl.main([*flags, "--max-steps", "1"])
+    for path in tmp_path.glob("*.png"):
+        path.write_text("hello")
+    message = refused(capsys, *flags, "--workers", "1")
     assert message.startswith("sdssl.py: 100 images in a row are unreadable")
     monkeypatch.setattr(sdssl, "sincos_2d", lambda *args: undefined_name)  # noqa: F821
     with pytest.raises(NameError, match="undefined_name"):
