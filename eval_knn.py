@@ -19,7 +19,6 @@ layer is most alike.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy
@@ -31,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2 import functional as TF
 
 import sdssl
-from sdssl import UserError, gather_images
+from sdssl import gather_images
 
 # ---- Measures, to copy ----
 
@@ -93,15 +92,6 @@ def network_parser(program, doc, **checkpoint):
     return parser
 
 
-def check_numbers(args):
-    """Raises UserError for a number of the command line that makes no sense."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, list) else [value]:
-            fine = not isinstance(number, (int, float)) or 0 < number < math.inf
-            if not fine and number is not False and (name, number) != ("workers", 0):
-                raise UserError(f"--{name.replace('_', '-')} {number} makes no sense")
-
-
 def open_network(path, args):
     """The backbone in a checkpoint, the data to evaluate it on, and the smallest crop of its
     training."""
@@ -116,14 +106,15 @@ def open_network(path, args):
 
 class RandomViews(sdssl.CenterCrops):
     """dataset[i] is a random view of image i, as in training, with pixels from 0 to 255, and its
-    class. Each network sees the same views. view: 0 or 1. min_crop: part of the image's area."""
+    class. Each network sees the same views. view: 0 or 1. min_crop: the smallest crop, a fraction
+    of the image's area."""
+
+    scale = sdssl.TrainingCrops.scale  # crops as small as in training
 
     def __init__(self, source, size, min_crop, view):
         super().__init__(source, size)
         self.min_crop = min_crop
         self.view = view
-
-    scale = sdssl.TrainingCrops.scale  # crops as small as in training
 
     def __getitem__(self, i):
         image, label = sdssl.read_image(self.source, i, self.scale)
@@ -210,8 +201,8 @@ def evaluate(path, network, args, device):
     if args.analysis:
         views = [RandomViews(images.source, size, min_crop, view) for view in (0, 1)]
         found |= analyses(*map(extract, views), device)
-        cka = [[linear_cka(x, y).item() for y in features] for x in features]
         if first:
+            cka = [[linear_cka(x, y).item() for y in features] for x in features]
             draw_cka(cka, Path(path).with_name("cka.png"))
     if parts:
         found["k-NN, %"] = sdssl.knn(extract(parts[0]), val, device, args.k, args.temperature)
@@ -225,7 +216,7 @@ def show(titles, reports):
     """Print each measure: layers side by side, networks below each other."""
     for number, title in enumerate(titles, start=1):
         print(f"({number}) {title}")
-    deepest = max(len(row) for report in reports for row in report.values())
+    deepest = max((len(row) for report in reports for row in report.values()), default=0)
     print(sdssl.table_row("layer", range(1, 1 + deepest), digits=0))
     for name in reports[0]:
         for number, report in enumerate(reports, start=1):
@@ -242,7 +233,7 @@ def run(argv=None):
     parser.add_argument("--save-features", help="new .npz file: validation images, all layers")
     parser.add_argument("--json", help="file for what is printed")
     args = parser.parse_args(argv)
-    check_numbers(args)
+    sdssl.refuse_nonsense(vars(args))
     device = sdssl.set_up(args.device)
     networks = [open_network(path, args) for path in args.checkpoint]  # typing errors first
     reports = [evaluate(*each, args, device) for each in zip(args.checkpoint, networks)]

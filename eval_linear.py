@@ -200,7 +200,9 @@ def parse(argv):
         args.batch_size = 512 if args.finetune else 1024
     if args.lrs is None:
         args.lrs = [0.03] if args.finetune else [0.03, 0.1, 0.3, 1.0, 3.0]
-    eval_knn.check_numbers(args)
+    sdssl.refuse_nonsense(vars(args))
+    for rate in args.lrs:
+        sdssl.refuse_nonsense(dict(lrs=rate))
     if args.finetune and (args.cached or len(args.lrs) > 1):
         raise UserError("--finetune takes one learning rate in --lrs, and goes without --cached")
     return args

@@ -1124,6 +1124,17 @@ MAY_BE_ZERO = ("alpha", "beta", "mutual", "m0", "depth", "warmup", "lr", "weight
 AT_MOST_ONE = ("m0", "warmup", "min_crop")
 
 
+def refuse_nonsense(settings):
+    """Raises UserError if a number among settings, {name: value}, makes no sense."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        too_small = value < 0 or (value == 0 and name not in MAY_BE_ZERO)
+        too_large = not math.isfinite(value) or (value > 1 and name in AT_MOST_ONE)
+        if too_small or too_large or (name == "batch_size" and value == 1):
+            raise UserError(f"--{name.replace('_', '-')} {value} makes no sense")
+
+
 def setting(default, meaning, choices=None):
     """A field of Config with what --help says of it."""
     return field(default=default, metadata=dict(help=meaning, choices=choices))
@@ -1182,13 +1193,7 @@ class Config:
     recompute: bool = setting(False, "run a ViT's blocks again in backward: less memory, slower")
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if isinstance(value, (str, bool)):
-                continue
-            too_small = value < 0 or (value == 0 and name not in MAY_BE_ZERO)
-            too_large = not math.isfinite(value) or (value > 1 and name in AT_MOST_ONE)
-            if too_small or too_large or (name == "batch_size" and value == 1):
-                raise UserError(f"--{name.replace('_', '-')} {value} makes no sense")
+        refuse_nonsense(asdict(self))
 
 
 def has_bfloat16(device):
